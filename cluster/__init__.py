@@ -1,0 +1,1 @@
+"""The cluster library: brings up filer nodes and joins them.  Nothing here yet."""
