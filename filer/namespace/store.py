@@ -19,6 +19,7 @@ the machine                           LMDB as of the last commit; a torn log is 
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ class NameStore:
         self._pending: list[dict[bytes, bytes | None]] = [{} for _ in _NAMES]
         self._committing: list[dict[bytes, bytes | None]] = [{} for _ in _NAMES]
         self._pending_count = 0
+        self.degraded: str | None = None
+        """Why puts cannot be made to survive at the moment."""
         self._commit_now = trio.Event()
         self._commit_lock = trio.Lock()
         self._replay()
@@ -221,12 +224,18 @@ class NameStore:
             self._log = self._new_log()
             # The worker thread must finish what it began: the puts live only in memory until then.
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._commit_batch, self._committing)
-            os.close(old_log)
-            self._committing = [{} for _ in _NAMES]
-            for sequence, path in self._logs():
-                if sequence <= covered:
-                    path.unlink(missing_ok=True)
+                try:
+                    await trio.to_thread.run_sync(self._commit_batch, self._committing)
+                except (lmdb.Error, OSError) as exc:
+                    self._take_back(exc)
+                else:
+                    self.degraded = None
+                    self._committing = [{} for _ in _NAMES]
+                    for sequence, path in self._logs():
+                        if sequence <= covered:
+                            path.unlink(missing_ok=True)
+                finally:
+                    os.close(old_log)
 
     def close(self) -> None:
         os.close(self._log)
@@ -246,7 +255,14 @@ class NameStore:
         if not puts:
             return
         payload = _encode(puts)
-        os.write(self._log, _HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload)
+        record = _HEADER.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
+        try:
+            if os.write(self._log, record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as exc:
+            # The puts still reach LMDB with the next commit, whose new log starts clean.
+            self.degraded = f"names log: {exc.strerror}"
+            self._commit_now.set()
         for database, key, value in puts:
             self._pending[database][key] = value
         self._pending_count += len(puts)
@@ -261,6 +277,15 @@ class NameStore:
                         txn.delete(key, db=database)
                     else:
                         txn.put(key, value, db=database)
+
+    def _take_back(self, exc: Exception) -> None:
+        """A commit failed (a full disk, say): keep its puts for the next one."""
+        self.degraded = f"names store: {exc}"
+        self._pending = [
+            {**old, **new} for old, new in zip(self._committing, self._pending, strict=True)
+        ]
+        self._committing = [{} for _ in _NAMES]
+        self._pending_count = sum(map(len, self._pending))
 
     def _logs(self) -> list[tuple[int, Path]]:
         return sorted((int(p.suffix[1:]), p) for p in self._path.glob("log.*"))
