@@ -38,8 +38,12 @@ class Refused(FilerError):
 
     def __init__(self, errno_: int, what: str = "") -> None:
         self.errno = errno_
-        name = errno.errorcode.get(errno_, str(errno_))
-        super().__init__(f"{name} ({os.strerror(errno_)}){': ' + what if what else ''}")
+        super().__init__(f"{self.name} ({os.strerror(errno_)}){': ' + what if what else ''}")
+
+    @property
+    def name(self) -> str:
+        """Such as ``ENOENT``."""
+        return errno.errorcode.get(self.errno, str(self.errno))
 
 
 class Corrupt(FilerError):
