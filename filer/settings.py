@@ -1,18 +1,27 @@
 """A node's configuration: one typed schema, validated by pydantic; frozen values with units.
 
 Owns the schema and its defaults.  Reading TOML and turning validation errors into messages
-for people is ``filer/cli/configuration.py``.
+for people is ``filer/cli/configuration.py``; the docstrings of the fields are the help of the
+flags, and every ``ValueError`` says what is allowed ("must be …"), because the message is
+completed with the key and the value there.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator,
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
 )
 
 from filer.policies import DEFAULT_POLICY, POLICIES, Policy
@@ -24,7 +33,7 @@ _UNITS = {"": 1, "B": 1, "K": KIB, "KIB": KIB, "M": MIB, "MIB": MIB, "G": GIB, "
 
 def parse_bytes(value: object) -> object:
     """``"64 GiB"`` → bytes; integers pass through."""
-    if not isinstance(value, str):
+    if isinstance(value, bool) or not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2].upper() not in _UNITS:
@@ -45,7 +54,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ClientRule(Schema):
@@ -55,24 +64,32 @@ class ClientRule(Schema):
     """An IP address or CIDR network."""
     access: Literal["ro", "rw"] = "rw"
     squash: Literal["none", "root", "all"] = "none"
+    """Whose requests become the anonymous user's: nobody's, root's, everyone's."""
     anonymous_uid: int = Field(65534, ge=0, lt=2**32)
     anonymous_gid: int = Field(65534, ge=0, lt=2**32)
 
     @field_validator("clients")
     @classmethod
     def _network(cls, value: str) -> str:
-        ipaddress.ip_network(value, strict=False)
+        try:
+            ipaddress.ip_network(value, strict=False)
+        except ValueError:
+            raise ValueError(
+                "must be an IP address or a network such as 10.0.0.0/8") from None
         return value
 
 
 class CacheSettings(Schema):
     capacity_bytes: ByteCount = 50 * GIB
+    """Clean pages of this volume on the local SSD."""
     high_water: float = Field(0.95, gt=0, le=1)
     """Eviction starts when this share of the capacity is used …"""
     low_water: float = Field(0.90, gt=0, le=1)
     """… and stops at this one."""
     inodes_in_memory_max: int = Field(200_000, ge=1000)
+    """More are kept on the SSD only."""
     directory_entries_in_memory_max: int = Field(1_000_000, ge=10_000)
+    """Of all cached directories together."""
 
     @model_validator(mode="after")
     def _ordered(self) -> CacheSettings:
@@ -85,10 +102,13 @@ class WriteBehindSettings(Schema):
     dirty_bytes_max: ByteCount = 10 * GIB
     """At this much dirty data clients are slowed down until some is flushed."""
     dirty_records_max: int = Field(2_000_000, ge=1000)
+    """The same for the number of log records not yet flushed."""
     segment_bytes: ByteCount = 256 * MIB
-    write_back_s: float | None = Field(None, ge=0)
+    """Size of one file of the write-behind log."""
+    write_back_s: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Overrides the policy's delay."""
     flush_files_at_once: int = Field(16, ge=1, le=256)
+    """Files written to the core filer in parallel."""
 
 
 class ReadAheadSettings(Schema):
@@ -103,22 +123,34 @@ class ReadAheadSettings(Schema):
 
 
 class VolumeSettings(Schema):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
+    name: str
+    """In logs, metrics and file names.  It and *core* are part of every NFS handle."""
     core: str
     """``nfs://host[:port]/export[/subdir]`` or ``file:///path``."""
     junction: str
     """The path under which clients mount it."""
     policy: str = DEFAULT_POLICY
-    verify_s: float | None = Field(None, ge=0)
+    """How long attributes are believed and what happens to writes (``filer explain PATH``)."""
+    verify_s: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Overrides the policy's interval."""
     export_id: int | None = Field(None, ge=1, le=65535)
     """Part of every NFS handle; default: the volume's position in the configuration."""
-    clients: tuple[ClientRule, ...] = (ClientRule(),)
+    clients: tuple[ClientRule, ...] = Field((ClientRule(),), min_length=1)
+    """A client that no rule matches has no access."""
     connections: int = Field(4, ge=1, le=32)
+    """TCP connections to the core filer."""
     xattrs: bool = False
+    """User extended attributes; costs one more request for every write."""
     cache: CacheSettings = CacheSettings()
     write_behind: WriteBehindSettings = WriteBehindSettings()
     read_ahead: ReadAheadSettings = ReadAheadSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value):
+            raise ValueError("must be 1 to 31 of a-z, 0-9 and -, starting with a letter or digit")
+        return value
 
     @field_validator("core")
     @classmethod
@@ -130,8 +162,12 @@ class VolumeSettings(Schema):
     @field_validator("junction")
     @classmethod
     def _junction(cls, value: str) -> str:
-        if not re.fullmatch(r"(/[^/\s]+)+", value):
-            raise ValueError("must be an absolute path such as /shows, without a trailing /")
+        # What the NFS server's configuration and every client's mount(8) take unquoted.
+        components = value.split("/")[1:]
+        if not re.fullmatch(r"(/[\w.+@~-]+)+", value) or {".", ".."} & set(components):
+            raise ValueError(
+                "must be an absolute path such as /shows: letters, digits and . _ + @ ~ -,"
+                " without a trailing /")
         return value
 
     @field_validator("policy")
@@ -144,8 +180,6 @@ class VolumeSettings(Schema):
     @property
     def effective_policy(self) -> Policy:
         """The named policy with this volume's overrides applied."""
-        from dataclasses import replace
-
         policy = POLICIES[self.policy]
         if self.verify_s is not None:
             policy = replace(policy, verify_s=self.verify_s)
@@ -154,29 +188,56 @@ class VolumeSettings(Schema):
         return policy
 
 
+def _address(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        raise ValueError("must be an IP address of this host, or 0.0.0.0 for all") from None
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
 class NfsSettings(Schema):
-    bind: str = "0.0.0.0"
+    bind: Address = "0.0.0.0"
+    """The local address that clients mount from."""
     port: int = Field(2049, ge=1, le=65535)
     mount_port: int = Field(20048, ge=1, le=65535)
+    """MOUNT protocol of NFSv3."""
     nlm_port: int = Field(32803, ge=1, le=65535)
+    """Lock protocol of NFSv3."""
     locks: bool = True
     """NLM byte-range locks for NFSv3; needs rpcbind and rpc.statd.  v4.1 always has locks."""
+    rpcbind: bool | None = None
+    """Register with rpcbind, where NFSv3 clients look up the ports; default: as *locks*.
+    Without it they mount with port= and mountport=, and several nodes can share a host."""
     lease_s: int = Field(15, ge=5, le=300)
+    """Lease and grace period of NFSv4: how long clients may take to come back."""
 
-    @field_validator("bind")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        ipaddress.ip_address(value)
-        return value
+    @model_validator(mode="after")
+    def _consistent(self) -> NfsSettings:
+        if len({self.port, self.mount_port, self.nlm_port}) < 3:
+            raise ValueError("port, mount_port and nlm_port must be three different ports")
+        if self.locks and self.rpcbind is False:
+            raise ValueError("rpcbind = false needs locks = false: NLM cannot work without it")
+        return self
+
+    @property
+    def registers(self) -> bool:
+        """Whether rpcbind is used."""
+        return self.locks if self.rpcbind is None else self.rpcbind
 
 
 class NodeSettings(Schema):
-    node: str = Field("node1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    node: str = "node1"
+    """This node's name in logs, metrics and the names of conflict copies."""
     cache_dir: AbsolutePath
     """On the local SSD; holds the page cache, the write-behind log and the inode store."""
     run_dir: AbsolutePath = Path("/run/filer")
     """Sockets, mounts and rendered configuration; may be empty after a reboot."""
-    metrics_bind: str = "127.0.0.1"
+    metrics_bind: Address = "127.0.0.1"
+    """Where Prometheus may connect to."""
     metrics_port: int = Field(9105, ge=0, le=65535)
     """Prometheus scrapes http://metrics_bind:metrics_port/metrics; 0 turns it off."""
     log_format: Literal["console", "json"] = "console"
@@ -184,14 +245,52 @@ class NodeSettings(Schema):
     nfs: NfsSettings = NfsSettings()
     volumes: tuple[VolumeSettings, ...] = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _distinct(self) -> NodeSettings:
-        for what in ("name", "junction", "export_id"):
-            seen = [getattr(v, what) for v in self.volumes if getattr(v, what) is not None]
+    @field_validator("node")
+    @classmethod
+    def _node(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
+            raise ValueError("must be 1 to 63 of letters, digits and . _ -")
+        return value
+
+    @field_validator("volumes")
+    @classmethod
+    def _distinct(cls, volumes: tuple[VolumeSettings, ...]) -> tuple[VolumeSettings, ...]:
+        for what in ("name", "junction"):
+            seen = [getattr(v, what) for v in volumes]
             twice = {x for x in seen if seen.count(x) > 1}
             if twice:
-                raise ValueError(f"two volumes have the same {what}: {sorted(map(str, twice))[0]}")
+                raise ValueError(f"two volumes have the same {what}: {min(twice)}")
+        for outer in volumes:
+            for inner in volumes:
+                if inner.junction.startswith(outer.junction + "/"):
+                    raise ValueError(
+                        f"junctions must not be inside each other:"
+                        f" {inner.junction} is in {outer.junction}")
+        ids = [_export_id(volumes, v) for v in volumes]
+        twice_ids = {i for i in ids if ids.count(i) > 1}
+        if twice_ids:
+            raise ValueError(
+                f"two volumes have the same export_id: {min(twice_ids)}"
+                " (a volume without one has its position, counted from 1)")
+        return volumes
+
+    @model_validator(mode="after")
+    def _apart(self) -> NodeSettings:
+        """A core filer that contains our own cache would cache itself."""
+        for volume in self.volumes:
+            if not volume.core.startswith("file://"):
+                continue
+            core = Path(volume.core.removeprefix("file://"))
+            for what, own in (("cache_dir", self.cache_dir), ("run_dir", self.run_dir)):
+                if own.is_relative_to(core):
+                    raise ValueError(
+                        f"{what} {own} must not be inside the core filer {core}"
+                        f" of volume {volume.name}")
         return self
 
     def export_id(self, volume: VolumeSettings) -> int:
-        return volume.export_id or 1 + self.volumes.index(volume)
+        return _export_id(self.volumes, volume)
+
+
+def _export_id(volumes: tuple[VolumeSettings, ...], volume: VolumeSettings) -> int:
+    return volume.export_id or 1 + volumes.index(volume)
