@@ -41,7 +41,7 @@ class Inode:
 
     __slots__ = (
         "__weakref__", "attributes", "change_sequence", "core", "data_version", "directory",
-        "generation", "handle", "id", "is_orphan", "parent", "touched", "verified_at",
+        "generation", "handle", "id", "is_orphan", "name", "parent", "touched", "verified_at",
     )
 
     def __init__(self, record: InodeRecord, verified_at: float = NEVER) -> None:
@@ -57,6 +57,8 @@ class Inode:
         """Grows at both ends of our own mutations: a reply that began before is not adopted."""
         self.directory: Directory | None = None
         self.is_orphan = False
+        self.name = b""
+        """One of its names, as last seen in *parent*; a hint."""
         self.touched = True
 
     def record(self) -> InodeRecord:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 import trio
@@ -56,7 +56,7 @@ class Namespace:
         self, core: CoreFiler, store: NameStore, table: InodeTable, leases: Leases, *,
         verify_s: float | None, directory_entries_in_memory_max: int,
         wall_clock_ns: Callable[[], int], background: trio.Nursery,
-        discard: Callable[[Inode], None],
+        discard: Callable[[Inode], Awaitable[None]],
     ) -> None:
         self.table = table
         self._core = core
@@ -179,6 +179,7 @@ class Namespace:
             inode = self.table.find(known[0])
             if inode is not None:
                 _HIT["names"].inc()
+                inode.name = name
                 return inode
         elif known is None and (names.complete or name in names.negative):
             _HIT["names"].inc()
@@ -200,6 +201,14 @@ class Namespace:
         if parent.change_sequence <= asked_at:
             self._add_name(parent, name, inode)
         return inode
+
+    async def lookup_again(self, parent: Inode, name: bytes) -> Inode | None:
+        """Look *name* up in the core filer, whatever we believe."""
+        self._drop_name(parent, name)
+        if parent.directory is not None:
+            parent.directory.negative.discard(name)
+            parent.directory.complete = False
+        return await self.lookup(parent, name)
 
     async def names(self, parent: Inode) -> Directory:
         """The names of *parent* as far as known, fresh by the policy."""
@@ -511,7 +520,7 @@ class Namespace:
             return
         inode = self.table.find(inode_id)
         if inode is not None:
-            self._discard(inode)
+            await self._discard(inode)
         try:
             if self._orphans_handle is None:
                 found = await self._core.lookup(self.table.root.handle, ORPHANS)
@@ -560,6 +569,7 @@ class Namespace:
             self.table.save(inode)
 
     def _add_name(self, parent: Inode, name: bytes, inode: Inode) -> None:
+        inode.name = name
         names = parent.directory
         if names is None:
             return

@@ -1,0 +1,184 @@
+"""One volume: constructs its components and joins them.  No policy and no protocol lives here.
+
+Start order, each step resting on the one before:
+
+1. core filer        the root handle
+2. name store        inodes by id, as of the last run
+3. page store        clean bytes on the SSD
+4. write-behind log  replayed: dirty bytes, sizes and times that the core filer lacks
+5. namespace, data   what clients see
+6. flusher, reader   background work
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random, SystemRandom
+
+import structlog
+import trio
+
+from filer import metrics
+from filer.cache.pages import PageStore
+from filer.cache.reader import CleanFile, Reader
+from filer.cache.sequence import SequenceTracker
+from filer.core_filer.base import CoreFiler
+from filer.core_filer.factory import open_core_filer
+from filer.data import FileData
+from filer.disk import LocalDisk
+from filer.errors import FilerError
+from filer.ids import Epoch, InodeId, NodeId
+from filer.leases.table import StandaloneLeases
+from filer.namespace.inode import Inode
+from filer.namespace.service import Namespace
+from filer.namespace.store import NameStore
+from filer.namespace.table import InodeTable
+from filer.policies import Policy
+from filer.settings import NodeSettings, VolumeSettings
+from filer.vfs.kernel import KernelCaches
+from filer.write_behind.service import WriteBehind
+
+log = structlog.get_logger(__name__)
+
+_LAG_INTERVAL_S = 0.1
+
+
+class Volume:
+    """The joined components; made by ``open_volume``."""
+
+    settings: VolumeSettings
+    policy: Policy
+    core: CoreFiler
+    store: NameStore
+    pages: PageStore
+    kernel: KernelCaches
+    write_behind: WriteBehind
+    reader: Reader
+    data: FileData
+    namespace: Namespace
+
+    def refresh_gauges(self) -> None:
+        dirty, pages = self.write_behind.statistics(), self.pages.statistics()
+        metrics.DIRTY_BYTES.set(dirty.dirty_bytes)
+        metrics.DIRTY_FILES.set(dirty.dirty_files)
+        metrics.DIRTY_OLDEST_S.set(dirty.oldest_dirty_s or 0.0)
+        metrics.CACHE_BYTES.set(pages.bytes)
+        metrics.CACHE_DEGRADED.set(1 if self.pages.degraded else 0)
+        metrics.CORE_REACHABLE.set(1 if self.core.state().reachable else 0)
+
+
+@asynccontextmanager
+async def open_volume(
+    node: NodeSettings, settings: VolumeSettings, kernel: KernelCaches, *,
+    kernel_is_new: bool,
+    random: Random | None = None,
+    wall_clock_ns: Callable[[], int] = time.time_ns,
+) -> AsyncIterator[Volume]:
+    """Open *settings*' volume on *node*; its state is below ``cache_dir/<name>``.
+
+    Raises: Misconfigured, Corrupt (a log that cannot be replayed), Fenced.
+    """
+    random = random or SystemRandom()
+    directory = node.cache_dir / settings.name
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    volume = Volume()
+    volume.settings, volume.policy, volume.kernel = settings, settings.effective_policy, kernel
+    async with open_core_filer(
+        settings.core, connections=settings.connections, random=random,
+        wall_clock_ns=wall_clock_ns,
+    ) as core, trio.open_nursery() as background:
+        volume.core = core
+        volume.store = store = NameStore(directory / "names")
+        volume.pages = pages = await PageStore.open(
+            directory / "pages", settings.cache, boot_id=_boot_id(), random=random)
+        volume.data = data = FileData(
+            core, pages, volume.policy, kernel, wall_clock_ns=wall_clock_ns)
+        data.write_behind = volume.write_behind = await WriteBehind.open(
+            disk=LocalDisk(directory / "log"), core=core, settings=settings.write_behind,
+            policy=volume.policy, epoch=_next_epoch(directory / "epoch"),
+            node=NodeId(node.node), observer=data, wall_clock_ns=wall_clock_ns)
+        table = InodeTable(
+            store, core.root, await core.getattr(core.root),
+            inodes_in_memory_max=settings.cache.inodes_in_memory_max, random=random,
+            changed=data.changed, overlay=data.overlay, is_dirty=data.is_dirty)
+        data.namespace = volume.namespace = namespace = Namespace(
+            core, store, table, StandaloneLeases(),
+            verify_s=volume.policy.verify_s,
+            directory_entries_in_memory_max=settings.cache.directory_entries_in_memory_max,
+            wall_clock_ns=wall_clock_ns, background=background, discard=data.discard)
+        data.reader = volume.reader = Reader(
+            core, pages, settings.read_ahead, resolve_next=_Successors(data).after)
+        await background.start(store.run)
+        await background.start(data.reader.run)
+        await namespace.start(kernel_is_new=kernel_is_new)
+        await background.start(data.write_behind.run)
+        background.start_soon(_watch_loop_lag)
+        try:
+            yield volume
+        finally:
+            background.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await store.commit()
+                store.close()
+                await pages.close()
+                await volume.write_behind.close()
+
+
+class _Successors:
+    """Names the next files of a numbered sequence, for the read-ahead."""
+
+    def __init__(self, data: FileData) -> None:
+        self._data = data
+        self._trackers: dict[InodeId, SequenceTracker] = {}
+
+    async def after(self, inode_id: InodeId, count: int) -> list[CleanFile]:
+        """Up to *count* files that will be read after *inode_id*; empty without confidence."""
+        namespace = self._data.namespace
+        inode = namespace.table.find(inode_id)
+        parent = None if inode is None else namespace.table.find(inode.parent)
+        if inode is None or parent is None or not inode.name:
+            return []
+        if parent.id not in self._trackers and len(self._trackers) >= 1000:
+            del self._trackers[next(iter(self._trackers))]
+        tracker = self._trackers.setdefault(parent.id, SequenceTracker())
+        found: list[CleanFile] = []
+        for name in tracker.read(inode.name, count):
+            try:
+                successor: Inode | None = await namespace.lookup(parent, name)
+            except FilerError:
+                return found
+            if successor is None:
+                break
+            if successor.attributes.is_regular and not self._data.is_dirty(successor.id):
+                found.append(self._data.clean(successor))
+        return found
+
+
+async def _watch_loop_lag() -> None:
+    due = trio.current_time()
+    while True:
+        due = max(due + _LAG_INTERVAL_S, trio.current_time())
+        await trio.sleep_until(due)
+        metrics.LOOP_LAG_S.observe(max(0.0, trio.current_time() - due))
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _next_epoch(path: Path) -> Epoch:
+    """Every start of a volume server on this node is an epoch of its own."""
+    epoch = 1 + (int(path.read_text()) if path.exists() else 0)
+    temporary = path.with_suffix(".new")
+    with open(temporary, "w") as file:
+        file.write(str(epoch))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return Epoch(epoch)
+
+
