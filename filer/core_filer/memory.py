@@ -30,7 +30,7 @@ from filer.core_filer.base import (
 )
 from filer.core_filer.memory_tree import RENAME_EXCHANGE, Inode, Tree
 from filer.core_filer.observed import observed, report_reachable
-from filer.core_filer.repeats import is_what_was_made
+from filer.core_filer.repeats import Wanted
 from filer.errors import Refused
 
 _HANDLE = struct.Struct(">4sQQ")
@@ -206,9 +206,8 @@ class MemoryCoreFiler:
         repeated: bool = False,
     ) -> Found:
         async with self._operation("create"):
-            return self._make(
-                directory, name, stat.S_IFREG | stat.S_IMODE(mode), uid, gid, repeated
-            )
+            wanted = Wanted(stat.S_IFREG | stat.S_IMODE(mode), uid, gid)
+            return self._make(directory, name, wanted, repeated)
 
     @observed("mkdir")
     async def mkdir(
@@ -216,9 +215,8 @@ class MemoryCoreFiler:
         repeated: bool = False,
     ) -> Found:
         async with self._operation("mkdir"):
-            return self._make(
-                directory, name, stat.S_IFDIR | stat.S_IMODE(mode), uid, gid, repeated
-            )
+            wanted = Wanted(stat.S_IFDIR | stat.S_IMODE(mode), uid, gid)
+            return self._make(directory, name, wanted, repeated)
 
     @observed("symlink")
     async def symlink(
@@ -226,9 +224,8 @@ class MemoryCoreFiler:
         repeated: bool = False,
     ) -> Found:
         async with self._operation("symlink"):
-            return self._make(
-                directory, name, stat.S_IFLNK | 0o777, uid, gid, repeated, target=target
-            )
+            wanted = Wanted(stat.S_IFLNK | 0o777, uid, gid, target=target)
+            return self._make(directory, name, wanted, repeated)
 
     @observed("mknod")
     async def mknod(
@@ -240,7 +237,7 @@ class MemoryCoreFiler:
                 stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK
             ):
                 raise Refused(errno.EINVAL)
-            return self._make(directory, name, mode, uid, gid, repeated, rdev=rdev)
+            return self._make(directory, name, Wanted(mode, uid, gid, rdev), repeated)
 
     @observed("link")
     async def link(
@@ -340,22 +337,15 @@ class MemoryCoreFiler:
         _, fileid, generation = _HANDLE.unpack(handle)
         return self.tree.by_identity(fileid, generation)
 
-    def _make(
-        self, directory: Handle, name: bytes, mode: int, uid: int, gid: int, repeated: bool, *,
-        rdev: int = 0, target: bytes = b"",
-    ) -> Found:
+    def _make(self, directory: Handle, name: bytes, wanted: Wanted, repeated: bool) -> Found:
         parent = self._inode(directory)
         there = parent.entries.get(name)
         if (
-            repeated and there is not None
-            and is_what_was_made(there.attributes(), mode=mode, uid=uid, gid=gid, rdev=rdev)
-            and (not target or there.data.read(0, there.data.size) == target)
+            repeated and there is not None and wanted.looks_like(there.attributes())
+            and (not wanted.target or there.data.read(0, there.data.size) == wanted.target)
         ):
             return _found(there, parent)
-        made = self.tree.make(
-            parent, name, mode=mode, uid=uid, gid=gid, rdev=rdev, target=target
-        )
-        return _found(made, parent)
+        return _found(self.tree.make(parent, name, wanted), parent)
 
 
 class _Operation:
@@ -402,7 +392,7 @@ class Behind:
         """The whole content, or with *start* a part of it; makes the file if need be."""
         directory, name = self._split(path)
         inode = directory.entries.get(name) or self._tree.make(
-            directory, name, mode=stat.S_IFREG | 0o644, uid=0, gid=0
+            directory, name, Wanted(stat.S_IFREG | 0o644, 0, 0)
         )
         if start is None:
             self._tree.set_attributes(inode, SetAttributes(size=0))
@@ -414,13 +404,11 @@ class Behind:
 
     def mkdir(self, path: str | bytes, *, mode: int = 0o755) -> None:
         directory, name = self._split(path)
-        self._tree.make(directory, name, mode=stat.S_IFDIR | mode, uid=0, gid=0)
+        self._tree.make(directory, name, Wanted(stat.S_IFDIR | mode, 0, 0))
 
     def symlink(self, path: str | bytes, target: bytes) -> None:
         directory, name = self._split(path)
-        self._tree.make(
-            directory, name, mode=stat.S_IFLNK | 0o777, uid=0, gid=0, target=target
-        )
+        self._tree.make(directory, name, Wanted(stat.S_IFLNK | 0o777, 0, 0, target=target))
 
     def link(self, path: str | bytes, new_path: str | bytes) -> None:
         self._tree.link(self.inode(path), *self._split(new_path))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from filer.core_filer.base import Attributes, SetAttributes
+from filer.core_filer.repeats import Wanted
 from filer.errors import Refused
 
 ROOT_FILEID = 2
@@ -238,17 +239,12 @@ class Tree:
 
     # --- Names
 
-    def make(
-        self, directory: Inode, name: bytes, *, mode: int, uid: int, gid: int,
-        rdev: int = 0, target: bytes = b"",
-    ) -> Inode:
-        """A new inode of the type in *mode*."""
+    def make(self, directory: Inode, name: bytes, wanted: Wanted) -> Inode:
         self._check_new_name(directory, name)
-        inode = self._new_inode(mode, uid, gid)
-        inode.rdev = rdev
-        if target:
-            inode.data.write(0, target)
-            self._count_blocks(inode, 1)
+        inode = self._new_inode(wanted.mode, wanted.uid, wanted.gid)
+        inode.rdev = wanted.rdev
+        inode.data.write(0, wanted.target)
+        self._count_blocks(inode, 1)
         if inode.is_directory:
             inode.nlink = 2
             inode.parent = directory

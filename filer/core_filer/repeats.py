@@ -1,33 +1,52 @@
 """Whether what a repeated request finds is explained by its first attempt.
 
 Pure.  A request whose answer was lost is sent again; if the first one was applied, the second
-meets EEXIST or ENOENT.  These predicates decide when that is success after all.
+meets EEXIST.  `Wanted` decides when that is success after all.
 """
 
 from __future__ import annotations
 
 import stat
+from dataclasses import dataclass
 
 from filer.core_filer.base import Attributes
 
 
-def is_what_was_made(
-    found: Attributes, *, mode: int, uid: int, gid: int, rdev: int = 0
-) -> bool:
-    """Whether *found* looks exactly as the wanted new inode would: type, owner, mode, untouched.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An inode that somebody asked to make."""
 
-    *mode* holds type and permission bits.  A directory may have inherited its parent's set-gid
-    bit; a symbolic link's mode belongs to the server.
-    """
-    if stat.S_IFMT(found.mode) != stat.S_IFMT(mode) or (found.uid, found.gid) != (uid, gid):
-        return False
-    if stat.S_ISLNK(mode):
+    mode: int
+    """Type and permission bits."""
+    uid: int
+    gid: int
+    rdev: int = 0
+    target: bytes = b""
+    """Of a symbolic link."""
+
+    @property
+    def type(self) -> int:
+        return stat.S_IFMT(self.mode)
+
+    @property
+    def permissions(self) -> int:
+        return stat.S_IMODE(self.mode)
+
+    def looks_like(self, found: Attributes) -> bool:
+        """Whether *found* is as the wanted one would be: type, owner, mode, untouched.
+
+        A directory may have inherited its parent's set-gid bit; a symbolic link's mode is the
+        server's affair, and its target is for the caller to compare.
+        """
+        if stat.S_IFMT(found.mode) != self.type or (found.uid, found.gid) != (self.uid, self.gid):
+            return False
+        if stat.S_ISLNK(self.mode):
+            return True
+        ignored = stat.S_ISGID if stat.S_ISDIR(self.mode) else 0
+        if stat.S_IMODE(found.mode) & ~ignored != self.permissions & ~ignored:
+            return False
+        if stat.S_ISREG(self.mode):
+            return found.size == 0 and found.nlink == 1
+        if stat.S_ISBLK(self.mode) or stat.S_ISCHR(self.mode):
+            return found.rdev == self.rdev
         return True
-    ignored = stat.S_ISGID if stat.S_ISDIR(mode) else 0
-    if stat.S_IMODE(found.mode) & ~ignored != stat.S_IMODE(mode) & ~ignored:
-        return False
-    if stat.S_ISREG(mode):
-        return found.size == 0 and found.nlink == 1
-    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
-        return found.rdev == rdev
-    return True
