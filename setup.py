@@ -14,6 +14,8 @@ setup(
         ),
         # Preloaded into NFS-Ganesha: a stable fsid for each volume.
         Extension("filer.supervisor._fsid_preload", ["filer/supervisor/_fsid_preload.c"]),
+        # The same, where the node leaves rpcbind alone.
+        Extension("filer.supervisor._no_rpcbind", ["filer/supervisor/_no_rpcbind.c"]),
     ],
     cffi_modules=["filer/core_filer/_libnfs_build.py:ffibuilder"],
 )

@@ -45,8 +45,9 @@ ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
 
 def _absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise ValueError("must be an absolute path")
+    # The rest would have to be quoted in the NFS server's configuration, which cannot.
+    if not path.is_absolute() or set(str(path)) & set('",=\\') or not str(path).isprintable():
+        raise ValueError('must be an absolute path without " , = or \\')
     return path
 
 
@@ -94,7 +95,8 @@ class CacheSettings(Schema):
     @model_validator(mode="after")
     def _ordered(self) -> CacheSettings:
         if self.low_water > self.high_water:
-            raise ValueError("low_water must not be above high_water")
+            raise ValueError(
+                f"low_water {self.low_water} must not be above high_water {self.high_water}")
         return self
 
 
@@ -218,7 +220,9 @@ class NfsSettings(Schema):
     @model_validator(mode="after")
     def _consistent(self) -> NfsSettings:
         if len({self.port, self.mount_port, self.nlm_port}) < 3:
-            raise ValueError("port, mount_port and nlm_port must be three different ports")
+            raise ValueError(
+                f"port {self.port}, mount_port {self.mount_port} and nlm_port {self.nlm_port}"
+                " must be three different ports")
         if self.locks and self.rpcbind is False:
             raise ValueError("rpcbind = false needs locks = false: NLM cannot work without it")
         return self

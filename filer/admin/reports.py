@@ -147,3 +147,63 @@ class StopReport(msgspec.Struct, frozen=True):
     dirty_bytes: int = 0
     """Still in the write-behind log, not in the core filer."""
     dirty_files: int = 0
+
+
+# What the supervisor makes of it.
+
+
+class ChildStatus(msgspec.Struct, frozen=True):
+    name: str
+    """``keeper``, ``nfs server``, ``rpcbind`` or ``statd``."""
+    volume: str = ""
+    pid: int | None = None
+    state: str = "running"
+    """``starting``, ``running``, ``unresponsive``, ``restarting``, ``failed`` or ``stopped``."""
+    restarts: int = 0
+    last_exit: str = ""
+    last_exit_age_s: float | None = None
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why the node is not green."""
+
+    level: str
+    """``yellow`` or ``red``."""
+    volume: str
+    """Empty: the node itself."""
+    text: str
+
+
+class VolumeReport(msgspec.Struct, frozen=True):
+    name: str
+    junction: str
+    core: str
+    policy: str
+    status: VolumeStatus | None = None
+    """``None``: the volume server does not answer; *problem* says why."""
+    problem: str = ""
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """The answer of the node's socket to ``status``."""
+
+    node: str
+    version: str
+    pid: int
+    phase: str
+    """``starting``, ``serving`` or ``stopping``."""
+    uptime_s: float
+    health: str
+    reasons: list[Reason]
+    nfs: str
+    """Where clients mount from: address and port."""
+    volumes: list[VolumeReport]
+    children: list[ChildStatus]
+
+
+class NodeTop(msgspec.Struct, frozen=True):
+    """The answer of the node's socket to ``top``."""
+
+    node: str
+    health: str
+    samples: list[TopSample]
