@@ -49,7 +49,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _complaint() -> str:
+def complaint() -> str:
     """Why the rows cannot run here; empty if they can."""
     if os.geteuid() != 0:
         return "needs root: it mounts, starts NFS servers and drops the kernel's caches"
@@ -80,8 +80,8 @@ def _run(definition: Definition, rig: Rig, console: Console) -> Row:
 def main(arguments: list[str]) -> int:
     options = _parsed(arguments)
     console = Console()
-    if complaint := _complaint():
-        console.print(f"[red]{complaint}")
+    if reason := complaint():
+        console.print(f"[red]{reason}")
         return 2
     from tests.bench.node import start_node
 

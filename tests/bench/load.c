@@ -142,13 +142,17 @@ static void contents_fill(uint64_t key, uint64_t offset, unsigned char *data, si
 static int contents_equal(
     uint64_t key, uint64_t offset, const unsigned char *data, size_t count, long how)
 {
-    size_t step = how >= 2 ? 8 : 4096;
-    for (size_t i = 0; how && i < count; i += step) {
-        uint64_t word = contents_word(key, offset + i);
-        if (memcmp(data + i, &word, count - i < 8 ? count - i : 8))
-            return 0;
+    uint64_t difference = 0, word;
+    size_t whole = how ? count & ~(size_t)7 : 0;
+    for (size_t i = 0; i < whole; i += how >= 2 ? 8 : 4096) {
+        memcpy(&word, data + i, 8);
+        difference |= word ^ contents_word(key, offset + i);
     }
-    return 1;
+    if (how >= 2 && whole < count) {
+        word = contents_word(key, offset + whole);
+        difference |= (uint64_t)memcmp(data + whole, &word, count - whole);
+    }
+    return !difference;
 }
 
 static int run_local(int checking, const char *directory)

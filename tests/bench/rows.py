@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.bench.load import Export, LoadFailed, check, fill, run_load
 from tests.bench.results import Measure, Row, Target
@@ -26,13 +27,13 @@ IN_FLIGHT = 8
 Outcome = tuple[list[Measure], list[str]]
 
 
-def _read_rate(export: Export, name: str, size: int, **options: object) -> float:
+def _read_rate(export: Export, name: str, size: int, **options: Any) -> float:
     """MB/s of one sequential read."""
     options = {"window": IN_FLIGHT, **options}
     return run_load(export, "read", name=name, bytes=size, **options).bytes_per_s / 1e6
 
 
-def _files(rig: Rig, where: Path, **options: object) -> None:
+def _files(rig: Rig, where: Path, **options: Any) -> None:
     rig.say(f"making files: {', '.join(f'{k} {v}' for k, v in options.items())}")
     where.mkdir(exist_ok=True)
     fill(where, **options)
@@ -60,7 +61,7 @@ def hot_read(rig: Rig) -> Outcome:
 
 def hot_metadata(rig: Rig) -> Outcome:
     count, repeats = rig.count(10_000, least=100), 4
-    common: dict[str, object] = {"dir": "many", "files": count, "clients": 4, "files_at_once": 8}
+    common: dict[str, Any] = {"dir": "many", "files": count, "clients": 4, "files_at_once": 8}
     measures = []
     with rig.site() as site:
         _files(rig, site.core_dir / "many", files=count, bytes=100)
