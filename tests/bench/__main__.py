@@ -79,7 +79,7 @@ def _run(definition: Definition, rig: Rig, console: Console) -> Row:
 
 def main(arguments: list[str]) -> int:
     options = _parsed(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     if reason := complaint():
         console.print(f"[red]{reason}")
         return 2

@@ -116,20 +116,24 @@ class Report:
         table = Table(title="Figures to reach (medians)", title_justify="left")
         table.add_column("id")
         table.add_column("what")
-        for name in ("ours", "baseline", "ratio", "target"):
+        for name in ("ours", "baseline"):
+            table.add_column(name, justify="right")
+        table.add_column("unit")
+        for name in ("ratio", "target"):
             table.add_column(name, justify="right")
         table.add_column("")
         for row in self.rows:
             if not row.measures:
-                table.add_row(row.id, row.what, "", "", "", str(row.target), "[red]failed")
+                table.add_row(row.id, row.what, "", "", "", "", str(row.target), "[red]failed")
             for i, measure in enumerate(row.measures):
                 ratio = measure.ratio
                 table.add_row(
                     row.id if i == 0 else "",
                     row.what if len(row.measures) == 1 else f"{row.what}: {measure.name}",
-                    f"{number(measure.ours_median)} {row.unit}",
+                    number(measure.ours_median),
                     "–" if measure.baseline_median is None
-                    else f"{number(measure.baseline_median)} {row.unit}",
+                    else number(measure.baseline_median),
+                    row.unit,
                     "–" if ratio is None else f"{ratio:.2f}",
                     str(row.target),
                     "[green]ok" if row.measure_ok(measure) else "[yellow]not ok",

@@ -240,27 +240,18 @@ def many_readers_cold(rig: Rig) -> Outcome:
 def sequential_write(rig: Rig) -> Outcome:
     size = rig.bytes(GIB)
 
-    def rate(export: Export, run: int) -> float:
+    def rate(export: Export, run: int, keep: bool) -> float:
+        os.sync()
         result = run_load(export, "write", name=f"out{run}", bytes=size, window=IN_FLIGHT)
+        if not keep:
+            # Neither the flush of one run nor the disk's queue may disturb the next.
+            run_load(export, "remove", name=f"out{run}")
         return result.bytes_per_s / 1e6
-
-    def clean(site: Site, run: int) -> None:
-        """Neither the flush of one run nor the disk's queue may disturb the next."""
-        if run + 1 < rig.runs:
-            run_load(site.ours, "remove", name=f"out{run}")
-        (site.base_dir / f"out{run}").unlink()
-        os.sync()
-
-    def baseline(site: Site, run: int) -> float:
-        os.sync()
-        value = rate(site.baseline, run)
-        clean(site, run)
-        return value
 
     with rig.site(one_tree=False, policy="full") as site:
         measure = rig.alternate(
-            "write + COMMIT", lambda run: rate(site.ours, run),
-            lambda run: baseline(site, run), "MB/s")
+            "write + COMMIT", lambda run: rate(site.ours, run, keep=run + 1 == rig.runs),
+            lambda run: rate(site.baseline, run, keep=False), "MB/s")
         begin_s = time.monotonic()
         site.node.filer("flush", site.ours.path)
         flush_s = time.monotonic() - begin_s
