@@ -11,6 +11,7 @@ copy can only be as new as or older than the clean bytes it covers, never torn a
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from filer.cache.pages import FileKey, PageStore
+from filer import metrics
+from filer.cache.layout import FileKey
+from filer.cache.pages import Buffer, PageStore
 from filer.cache.reader import Changed, CleanFile, Reader
 from filer.core_filer.base import Attributes, CoreFiler, Handle, SetAttributes
 from filer.errors import Refused
@@ -74,7 +77,7 @@ class FileData:
 
     # -- reads -------------------------------------------------------------------------------
 
-    async def read(self, inode: Inode, start: int, end: int) -> bytes:
+    async def read(self, inode: Inode, start: int, end: int) -> Buffer:
         """Bytes ``[start, end)`` clipped at the file's size.
 
         Raises: Refused: what the core filer says; TryAgain: the file keeps changing behind us.
@@ -91,7 +94,7 @@ class FileData:
                 await self._changed_behind(inode, changed)
         raise Refused(errno.EAGAIN, "the file keeps changing in the core filer")
 
-    async def _read_dirty(self, inode: Inode, start: int, end: int) -> bytes:
+    async def _read_dirty(self, inode: Inode, start: int, end: int) -> Buffer:
         dirty = self.write_behind.dirty(inode.id)
         assert dirty is not None
         clean = CleanFile(
@@ -245,63 +248,88 @@ class FileData:
 
     # -- FlushObserver -----------------------------------------------------------------------
 
-    def location(self, inode_id: InodeId) -> tuple[Handle, bytes] | None:
-        inode = self.namespace.table.find(inode_id)
-        if inode is None or not inode.name or inode.is_orphan:
+    def location(self, inode: InodeId) -> tuple[Handle, bytes] | None:
+        found = self.namespace.table.find(inode)
+        if found is None or not found.name or found.is_orphan:
             return None
-        parent = self.namespace.table.find(inode.parent)
-        return None if parent is None else (parent.handle, inode.name)
+        parent = self.namespace.table.find(found.parent)
+        return None if parent is None else (parent.handle, found.name)
 
     async def flushed_data(
-        self, inode_id: InodeId, start: int, data: bytes | memoryview
+        self, inode: InodeId, start: int, data: bytes | memoryview
     ) -> None:
-        dirty = self.write_behind.dirty(inode_id)
+        dirty = self.write_behind.dirty(inode)
         if dirty is not None:
             await self._pages.update(
-                FileKey(inode_id, dirty.base.data_version), start, data, dirty.size)
+                FileKey(inode, dirty.base.data_version), start, data, dirty.size)
 
-    async def truncated(self, inode_id: InodeId, size: int) -> None:
-        dirty = self.write_behind.dirty(inode_id)
+    async def truncated(self, inode: InodeId, size: int) -> None:
+        dirty = self.write_behind.dirty(inode)
         if dirty is not None:
-            self.reader.forget(inode_id)
-            self._pages.drop_from(FileKey(inode_id, dirty.base.data_version), size)
+            self.reader.forget(inode)
+            self._pages.drop_from(FileKey(inode, dirty.base.data_version), size)
 
-    def flushed(self, inode_id: InodeId, attributes: Attributes) -> None:
+    def flushed(self, inode: InodeId, attributes: Attributes) -> None:
         table = self.namespace.table
-        inode = table.find(inode_id)
-        if inode is None:
+        found = table.find(inode)
+        if found is None:
             return
-        with table.changing(inode):  # answers asked for before the flush's end are outdated
-            inode.core = attributes.version
-            inode.verified_at = trio.current_time()
-            inode.attributes = replace(inode.attributes, used_bytes=attributes.used_bytes)
-        table.save(inode)
+        with table.changing(found):  # answers asked for before the flush's end are outdated
+            found.core = attributes.version
+            found.verified_at = trio.current_time()
+            found.attributes = replace(found.attributes, used_bytes=attributes.used_bytes)
+        table.save(found)
 
-    def conflict(self, inode_id: InodeId, name: bytes, attributes: Attributes) -> None:
+    def written_through(self, inode: InodeId, attributes: Attributes) -> None:
+        """While the log was out of use, we changed the core filer's file directly."""
+        found = self.namespace.table.find(inode)
+        if found is not None:
+            self._void(found)
+            self._adopt(found, replace(
+                attributes, mtime_ns=max(attributes.mtime_ns, found.attributes.mtime_ns)),
+                attributes)
+
+    def conflict(self, inode: InodeId, name: bytes, attributes: Attributes | None) -> None:
         """Our bytes went to the conflict copy *name*; the file is the foreign version now."""
         table = self.namespace.table
-        inode = table.find(inode_id)
-        if inode is None:
+        found = table.find(inode)
+        if found is None:
             return
-        self.changed(inode, Change.DATA)
-        inode.core = attributes.version
-        inode.data_version = table.new_data_version()
-        inode.attributes = attributes
-        inode.change_sequence = table.clock = table.clock + 1
-        inode.verified_at = trio.current_time()
-        table.save(inode)
-        self._kernel.data_changed(inode.id)
-        parent = table.in_memory(inode.parent)
+        metrics.CONFLICTS.inc()
+        log.warning("changed behind us while dirty: both are kept", inode=inode,
+                    conflict_copy=os.fsdecode(name))
+        self._void(found)
+        if attributes is None:
+            table.gone(found)
+        else:
+            self._adopt(found, attributes, attributes)
+        self._kernel.data_changed(found.id)
+        parent = table.in_memory(found.parent)
         if parent is not None:
             parent.verified_at = NEVER
             self.namespace.names_changed(parent)
-            self._kernel.attributes_changed(parent.id)
+            self._kernel.name_changed(parent.id, name)
 
-    async def read_clean(self, inode_id: InodeId, start: int, end: int) -> bytes | None:
-        dirty = self.write_behind.dirty(inode_id)
+    def _void(self, found: Inode) -> None:
+        """Clean bytes that are cached are not the file's any more."""
+        self.reader.forget(found.id)
+        self._pages.drop_inode(found.id)
+
+    def _adopt(self, found: Inode, shown: Attributes, told: Attributes) -> None:
+        table = self.namespace.table
+        with table.changing(found):
+            found.core = told.version
+            found.data_version = table.new_data_version()
+            found.attributes = shown
+            found.verified_at = trio.current_time()
+        table.save(found)
+
+    async def read_clean(self, inode: InodeId, start: int, end: int) -> bytes | None:
+        dirty = self.write_behind.dirty(inode)
         if dirty is None:
             return None
-        return await self._pages.read(FileKey(inode_id, dirty.base.data_version), start, end)
+        cached = await self._pages.read(FileKey(inode, dirty.base.data_version), start, end)
+        return None if cached is None else bytes(cached)
 
 
 def _gaps(parts: list[tuple[int, bytes]], start: int, end: int) -> Iterable[tuple[int, int]]:

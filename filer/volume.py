@@ -25,7 +25,7 @@ import trio
 from filer import metrics
 from filer.cache.pages import PageStore
 from filer.cache.reader import CleanFile, Reader
-from filer.cache.sequence import SequenceTracker
+from filer.cache.sequence import Sequences
 from filer.core_filer.base import CoreFiler
 from filer.core_filer.factory import open_core_filer
 from filer.data import FileData
@@ -66,7 +66,7 @@ class Volume:
         metrics.DIRTY_BYTES.set(dirty.dirty_bytes)
         metrics.DIRTY_FILES.set(dirty.dirty_files)
         metrics.DIRTY_OLDEST_S.set(dirty.oldest_dirty_s or 0.0)
-        metrics.CACHE_BYTES.set(pages.bytes)
+        metrics.CACHE_BYTES.set(pages.cached_bytes)
         metrics.CACHE_DEGRADED.set(1 if self.pages.degraded else 0)
         metrics.CORE_REACHABLE.set(1 if self.core.state().reachable else 0)
 
@@ -94,7 +94,7 @@ async def open_volume(
         volume.core = core
         volume.store = store = NameStore(directory / "names")
         volume.pages = pages = await PageStore.open(
-            directory / "pages", settings.cache, boot_id=_boot_id(), random=random)
+            directory / "pages", settings.cache, boot_id=_boot_id())
         volume.data = data = FileData(
             core, pages, volume.policy, kernel, wall_clock_ns=wall_clock_ns)
         data.write_behind = volume.write_behind = await WriteBehind.open(
@@ -133,7 +133,7 @@ class _Successors:
 
     def __init__(self, data: FileData) -> None:
         self._data = data
-        self._trackers: dict[InodeId, SequenceTracker] = {}
+        self._sequences = Sequences()
 
     async def after(self, inode_id: InodeId, count: int) -> list[CleanFile]:
         """Up to *count* files that will be read after *inode_id*; empty without confidence."""
@@ -142,11 +142,8 @@ class _Successors:
         parent = None if inode is None else namespace.table.find(inode.parent)
         if inode is None or parent is None or not inode.name:
             return []
-        if parent.id not in self._trackers and len(self._trackers) >= 1000:
-            del self._trackers[next(iter(self._trackers))]
-        tracker = self._trackers.setdefault(parent.id, SequenceTracker())
         found: list[CleanFile] = []
-        for name in tracker.read(inode.name, count):
+        for name in self._sequences.on_read(parent.id, inode.name, count):
             try:
                 successor: Inode | None = await namespace.lookup(parent, name)
             except FilerError:

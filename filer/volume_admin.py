@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -57,7 +58,7 @@ class VolumeAdmin:
         core, dirty, pages = v.core.state(), v.write_behind.statistics(), v.pages.statistics()
         delay = v.policy.write_back_s
         reasons = [r for r in (v.pages.degraded, v.store.degraded, dirty.degraded) if r]
-        return _plain(VolumeStatus(
+        return plain(VolumeStatus(
             volume=v.settings.name, pid=os.getpid(), core=v.settings.core, policy=v.policy.name,
             mountpoint=self._mountpoint,
             core_reachable=core.reachable,
@@ -65,7 +66,7 @@ class VolumeAdmin:
             else trio.current_time() - core.unreachable_since,
             core_reason=core.reason, core_in_flight=core.in_flight,
             core_reconnects=core.reconnects,
-            cache_bytes=pages.bytes, cache_capacity_bytes=v.settings.cache.capacity_bytes,
+            cache_bytes=pages.cached_bytes, cache_capacity_bytes=v.settings.cache.capacity_bytes,
             cache_degraded=bool(reasons), cache_reason="; ".join(reasons),
             corrupt_pages=pages.corrupt_pages,
             dirty_bytes=dirty.dirty_bytes,
@@ -85,7 +86,7 @@ class VolumeAdmin:
         v = self._volume
         core, dirty, pages = v.core.state(), v.write_behind.statistics(), v.pages.statistics()
         samples = _samples()
-        return _plain(TopSample(
+        return plain(TopSample(
             volume=v.settings.name, time_s=trio.current_time(),
             operations=_by_label(samples, "filer_upcalls_total", "operation"),
             operation_seconds=_by_label(
@@ -99,7 +100,7 @@ class VolumeAdmin:
             core_read_bytes=int(_value("filer_core_bytes_total", direction="read")),
             core_written_bytes=int(_value("filer_core_bytes_total", direction="write")),
             core_in_flight=core.in_flight,
-            cache_bytes=pages.bytes, cache_capacity_bytes=v.settings.cache.capacity_bytes,
+            cache_bytes=pages.cached_bytes, cache_capacity_bytes=v.settings.cache.capacity_bytes,
             dirty_bytes=dirty.dirty_bytes, dirty_files=dirty.dirty_files,
             dirty_oldest_s=dirty.oldest_dirty_s,
         ))
@@ -111,23 +112,22 @@ class VolumeAdmin:
     async def explain(self, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
         v = self._volume
         path = str(arguments.get("path", ""))
-        common = {
-            "path": path, "policy": v.policy.name, "policy_why": v.policy.why,
-            "write_mode": v.policy.write_mode.value, "verify_s": v.policy.verify_s,
-            "write_back_s": None if v.policy.write_back_s == float("inf")
-            else v.policy.write_back_s,
-        }
+        explanation = partial(
+            Explanation, path=path, policy=v.policy.name, policy_why=v.policy.why,
+            write_mode=v.policy.write_mode.value, verify_s=v.policy.verify_s,
+            write_back_s=None if v.policy.write_back_s == float("inf")
+            else v.policy.write_back_s)
         inode = await self._find(path)
         if inode is None:
-            return _plain(Explanation(**common, kind="missing"))
+            return plain(explanation(kind="missing"))
         told = inode.attributes
         dirty = v.write_behind.dirty(inode.id)
         key = FileKey(inode.id, inode.data_version)
         failed = {e.inode: e for e in v.write_behind.flush_errors()}.get(inode.id)
         total = -(-told.size // _PAGE_BYTES) if told.is_regular else 0
         missing = len(v.pages.missing(key, 0, told.size)) if total else 0
-        return _plain(Explanation(
-            **common, kind=_kind(told.mode), inode=inode.id, size=told.size,
+        return plain(explanation(
+            kind=_kind(told.mode), inode=inode.id, size=told.size,
             last_verified_s=None if inode.verified_at == NEVER
             else trio.current_time() - inode.verified_at,
             cached_bytes=v.pages.cached_bytes(key) if total else 0,
@@ -154,7 +154,7 @@ class VolumeAdmin:
             first = next(iter(result.errors.values()))
             raise Refused(first, f"still dirty: {'; '.join(failed[:5])}"
                           + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""))
-        return _plain(FlushReport(
+        return plain(FlushReport(
             path=path, files=result.files, bytes=result.bytes,
             statement=f"everything written to /{path} before this command is on stable storage "
                       f"in {self._volume.settings.core}",
@@ -177,7 +177,7 @@ class VolumeAdmin:
                     report(Progress(freed, None, "bytes", "evicting"))
             inode.verified_at = NEVER
             v.kernel.data_changed(inode.id)
-        return _plain(EvictReport(path, files, freed, dirty_bytes))
+        return plain(EvictReport(path, files, freed, dirty_bytes))
 
     async def warm(self, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
         rate = arguments.get("rate_bytes_s")
@@ -193,7 +193,7 @@ class VolumeAdmin:
                         await job.walk(str(path), await self._existing(str(path)), send)
                     except FilerError as exc:
                         job.failed.append(WarmFailure(str(path), str(exc)))
-        return _plain(WarmReport(job.files, job.fetched, job.already, job.failed))
+        return plain(WarmReport(job.files, job.fetched, job.already, job.failed))
 
     # -- paths -------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class _Warm:
                     await trio.sleep_until(self._started + self.fetched / self._rate)
 
 
-def _plain(report: msgspec.Struct) -> dict[str, Any]:
+def plain(report: msgspec.Struct) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(report)
     return plain
 

@@ -17,15 +17,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
-from typing import TypeVar, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import trio
 
-from filer.vfs import shim  # must precede pyfuse3
-
-import pyfuse3  # isort: skip
-
+from filer.cache.pages import Buffer
 from filer.core_filer.base import CoreFiler, FileSystemStatistics, SetAttributes
 from filer.data import FileData
 from filer.errors import Refused, TryAgain
@@ -35,8 +32,10 @@ from filer.namespace.inode import Inode
 from filer.namespace.service import FOREVER_S, NAME_BYTES_MAX, Namespace
 from filer.policies import Policy, WriteMode
 from filer.vfs.dispatch import guarded
+from filer.vfs.errnos import errno_of
 from filer.vfs.lookup_counts import LookupCounts
 from filer.vfs.operation_records import OperationRecords
+from filer.vfs.shim import current_unique, pyfuse3
 
 _READ_BYTES = CLIENT_BYTES.labels("read")
 _WRITTEN_BYTES = CLIENT_BYTES.labels("write")
@@ -68,15 +67,7 @@ class Operations(pyfuse3.Operations):
         self._policy = policy
         self._counts = counts
         self._records = records
-        self._initialised = trio.Event()
         self._statfs: tuple[float, FileSystemStatistics] | None = None
-
-    def init(self) -> None:
-        self._initialised.set()
-
-    async def wait_initialised(self) -> None:
-        """Until libfuse has taken in the kernel's INIT."""
-        await self._initialised.wait()
 
     # -- lookups -----------------------------------------------------------------------------
 
@@ -89,7 +80,7 @@ class Operations(pyfuse3.Operations):
             return self._negative(parent)
         return self._entry(inode, parent)
 
-    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
             if self._counts.decrement(inode, count) <= 0:
                 self._namespace.forgotten(InodeId(inode))
@@ -169,18 +160,18 @@ class Operations(pyfuse3.Operations):
                 continue  # removed behind us since it was listed
             inode.name = name
             entry = self._encode(inode, self._namespace.valid_for_s(directory))
-            if not pyfuse3.readdir_reply(token, cast(pyfuse3.FileNameT, name), entry, cookie):
+            if not pyfuse3.readdir_reply(token, name, entry, cookie):
                 return
             self._counts.increment(inode_id)
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return await self._make(shim.current_unique(), parent_inode, name, lambda parent, again: (
+        return await self._make(current_unique(), parent_inode, name, lambda parent, again: (
             self._namespace.mkdir(parent, name, mode, ctx.uid, ctx.gid, again)))
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        unique = shim.current_unique()
+        unique = current_unique()
         self._refuse_if_read_only()
         parent = self._inode(parent_inode)
         await self._once(unique, lambda again: self._namespace.rmdir(parent, name, again))
@@ -190,7 +181,7 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        unique = shim.current_unique()
+        unique = current_unique()
 
         async def create(parent: Inode, again: bool) -> Inode:
             try:
@@ -205,30 +196,30 @@ class Operations(pyfuse3.Operations):
                 return existing
 
         entry = await self._make(unique, parent_inode, name, create)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(entry.st_ino)), entry
+        return pyfuse3.FileInfo(fh=entry.st_ino), entry
 
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return await self._make(shim.current_unique(), parent_inode, name, lambda parent, again: (
+        return await self._make(current_unique(), parent_inode, name, lambda parent, again: (
             self._namespace.mknod(parent, name, mode, rdev, ctx.uid, ctx.gid, again)))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return await self._make(shim.current_unique(), parent_inode, name, lambda parent, again: (
+        return await self._make(current_unique(), parent_inode, name, lambda parent, again: (
             self._namespace.symlink(parent, name, target, ctx.uid, ctx.gid, again)))
 
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        unique = shim.current_unique()
+        unique = current_unique()
         found = self._inode(inode)
         return await self._make(unique, new_parent_inode, new_name, lambda parent, again: (
             self._namespace.link(found, parent, new_name, again)))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        unique = shim.current_unique()
+        unique = current_unique()
         self._refuse_if_read_only()
         parent = self._inode(parent_inode)
         await self._once(unique, lambda again: self._namespace.unlink(parent, name, again))
@@ -237,7 +228,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes,
         flags: int, ctx: pyfuse3.RequestContext,
     ) -> None:
-        unique = shim.current_unique()
+        unique = current_unique()
         self._refuse_if_read_only()
         old, new = self._inode(parent_inode_old), self._inode(parent_inode_new)
         await self._once(unique, lambda again: self._namespace.rename(
@@ -250,7 +241,9 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.FileInfo:
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(  # type: ignore[override]  # pyfuse3 takes any buffer
+        self, fh: int, off: int, size: int
+    ) -> Buffer:
         data = await self._data.read(self._inode(fh), off, off + size)
         _READ_BYTES.inc(len(data))
         return data
@@ -326,8 +319,8 @@ class Operations(pyfuse3.Operations):
             return self._inode(int.from_bytes(repeat.payload, "big"))
         try:
             result = await perform(repeat is not None)
-        except Refused as exc:
-            self._records.done(unique, exc.errno, b"")
+        except Exception as exc:
+            self._records.done(unique, errno_of(exc))
             raise
         payload = result.id.to_bytes(8, "big") if isinstance(result, Inode) else b""
         self._records.done(unique, 0, payload)
@@ -344,11 +337,11 @@ class Operations(pyfuse3.Operations):
     def _encode(self, inode: Inode, name_valid_s: float) -> pyfuse3.EntryAttributes:
         told = inode.attributes
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = cast(pyfuse3.InodeT, inode.id)
+        entry.st_ino = inode.id
         entry.generation = inode.generation
         entry.entry_timeout = max(name_valid_s, 0.0)
         entry.attr_timeout = max(self._namespace.valid_for_s(inode), 0.0)
-        entry.st_mode = cast(pyfuse3.ModeT, told.mode)
+        entry.st_mode = told.mode
         entry.st_nlink = told.nlink
         entry.st_uid = told.uid
         entry.st_gid = told.gid
@@ -364,7 +357,7 @@ class Operations(pyfuse3.Operations):
     def _negative(self, parent: Inode) -> pyfuse3.EntryAttributes:
         """A name that is known not to exist, for as long as the directory is believed."""
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = cast(pyfuse3.InodeT, 0)
+        entry.st_ino = 0
         entry.entry_timeout = min(max(self._namespace.valid_for_s(parent), 0.0), FOREVER_S)
         entry.attr_timeout = 0.0
         return entry
