@@ -29,6 +29,16 @@ CHECK_TIMEOUT_S = 60
 _GENERATION_KEY = b"generation"
 """Shorter than a chunk's key, hence never taken for one."""
 
+_WALK = """
+import sys, lmdb
+env = lmdb.open(sys.argv[1], map_size=int(sys.argv[2]), readonly=True, lock=False,
+                readahead=False, create=False)
+with env.begin() as txn:
+    for _ in txn.cursor():
+        pass
+"""
+"""Touches every page of the tree; ends by exception or signal if that is impossible."""
+
 
 class IndexFailed(FilerError):
     """The index cannot be read or written; close it and treat every page as not cached."""
@@ -36,7 +46,7 @@ class IndexFailed(FilerError):
 
 def is_readable(directory: Path) -> bool:
     """Whether a child process could walk the whole index and live.  Blocks: call in a thread."""
-    command = [sys.executable, "-m", "filer.cache.index", str(directory)]
+    command = [sys.executable, "-c", _WALK, str(directory), str(MAP_BYTES)]
     try:
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -128,17 +138,3 @@ class ChunkIndex:
 
     def close(self) -> None:
         self._env.close()
-
-
-def _walk(directory: str) -> None:
-    """Touch every page of the tree; exits by exception or signal if that is impossible."""
-    env = lmdb.open(
-        directory, map_size=MAP_BYTES, readonly=True, lock=False, readahead=False, create=False
-    )
-    with env.begin() as txn:
-        for _ in txn.cursor():
-            pass
-
-
-if __name__ == "__main__":
-    _walk(sys.argv[1])

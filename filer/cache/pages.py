@@ -65,7 +65,8 @@ PROBE_S_MIN, PROBE_S_MAX = 1.0, 60.0
 UNRECORDED_MAX = 100_000
 
 Listener = Callable[[FileKey | InodeId, int, int | None], None]
-"""Called as (key or inode, start, end) before those bytes change; end ``None``: to the end."""
+"""Called as (key or inode, start, end) before those bytes change, and again afterwards if that
+took an await; end ``None``: to the end."""
 
 log = structlog.get_logger(__name__)
 
@@ -263,6 +264,7 @@ class PageStore:
                         await self._write_page(writer, packed, page, piece)
                     else:
                         await self._change_page(writer, packed, page, first - page_start, piece)
+        self._tell(key, start, start + len(data))
 
     def drop_from(self, key: FileKey, start: int) -> None:
         """The file was cut at *start*: that page and all after it are void."""
@@ -387,24 +389,26 @@ class PageStore:
 
     @asynccontextmanager
     async def _changing(self, packed: bytes) -> AsyncIterator[_Writer]:
-        """Be the only one to change the chunk."""
-        while True:
-            writer = self._writers.setdefault(packed, _Writer())
-            writer.users += 1
-            try:
-                async with writer.lock:
-                    if not writer.is_void:
-                        yield writer
-                        return
-            finally:
-                writer.users -= 1
-                if not writer.users and self._writers.get(packed) is writer:
-                    del self._writers[packed]
+        """Be the only one to change the chunk.
+
+        If it is dropped while this waits, the writer comes void: its bytes are from before.
+        """
+        writer = self._writers.setdefault(packed, _Writer())
+        writer.users += 1
+        try:
+            async with writer.lock:
+                yield writer
+        finally:
+            writer.users -= 1
+            if not writer.users and self._writers.get(packed) is writer:
+                del self._writers[packed]
 
     async def _write_page(
         self, writer: _Writer, packed: bytes, page: int, data: Buffer
     ) -> None:
         """Write a page that need not be valid before."""
+        if writer.is_void:
+            return
         record = self._get(packed)
         if record is not None and record.lengths[page]:
             self._publish(packed, record.with_page(page, 0, b""))
@@ -439,7 +443,7 @@ class PageStore:
         self, writer: _Writer, packed: bytes, page: int, start: int, data: Buffer
     ) -> None:
         """Change bytes in the middle of a page; only a valid one can stay valid."""
-        record = self._get(packed)
+        record = None if writer.is_void else self._get(packed)
         if record is None or not record.lengths[page] or start > record.lengths[page]:
             return
         before, invalid = record, record.with_page(page, 0, b"")
