@@ -35,15 +35,15 @@ class Wanted:
     def looks_like(self, found: Attributes) -> bool:
         """Whether *found* is as the wanted one would be: type, owner, mode, untouched.
 
-        A directory may have inherited its parent's set-gid bit; a symbolic link's mode is the
-        server's affair, and its target is for the caller to compare.
+        Set-uid and set-gid do not count: a directory may inherit one, and a change of owner may
+        have cleared either.  A symbolic link's mode is the server's affair, and its target is
+        for the caller to compare.
         """
         if stat.S_IFMT(found.mode) != self.type or (found.uid, found.gid) != (self.uid, self.gid):
             return False
         if stat.S_ISLNK(self.mode):
             return True
-        ignored = stat.S_ISGID if stat.S_ISDIR(self.mode) else 0
-        if stat.S_IMODE(found.mode) & ~ignored != self.permissions & ~ignored:
+        if (stat.S_IMODE(found.mode) ^ self.permissions) & ~(stat.S_ISUID | stat.S_ISGID):
             return False
         if stat.S_ISREG(self.mode):
             return found.size == 0 and found.nlink == 1
