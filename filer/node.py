@@ -50,6 +50,9 @@ class NodeOptions:
     """At stop, leave dirty data in the write-behind log instead of writing it back."""
     keeper: tuple[str, ...] = KEEPER
     """The command that mounts a volume and runs its server."""
+    late_after_s: float = 15.0
+    """The NFS server starts without volumes that take longer, and exports them when they come:
+    a core filer that is down must not keep the others from being served."""
 
 
 class Node:
@@ -69,7 +72,8 @@ class Node:
                    lost=partial(self._mount_lost, volume.name))
             for volume in settings.volumes
         ]
-        self._nfs = NfsServer(settings, self._layout, environment, self._volumes)
+        self._nfs = NfsServer(settings, self._layout, environment, self._volumes,
+                              late_after_s=self._options.late_after_s)
         self._upgrading = trio.Lock()
 
     async def run(self) -> None:

@@ -205,6 +205,7 @@ class NfsSettings(Schema):
     bind: Address = "0.0.0.0"
     """The local address that clients mount from."""
     port: int = Field(2049, ge=1, le=65535)
+    """NFS itself."""
     mount_port: int = Field(20048, ge=1, le=65535)
     """MOUNT protocol of NFSv3."""
     nlm_port: int = Field(32803, ge=1, le=65535)
@@ -245,7 +246,9 @@ class NodeSettings(Schema):
     metrics_port: int = Field(9105, ge=0, le=65535)
     """Prometheus scrapes http://metrics_bind:metrics_port/metrics; 0 turns it off."""
     log_format: Literal["console", "json"] = "console"
+    """To standard error: for people, or one JSON object a line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is less important is not logged."""
     nfs: NfsSettings = NfsSettings()
     volumes: tuple[VolumeSettings, ...] = Field(min_length=1)
 

@@ -33,9 +33,6 @@ _STATD = Path("/usr/sbin/rpc.statd")
 
 _PROBE_EVERY_S = 5.0
 _PROBE_WITHIN_S = 10.0
-_VOLUMES_WITHIN_S = 15.0
-"""How long a (re)start of Ganesha waits for volumes that are not there; it starts with the
-others then, and the late ones are added."""
 _LOG_BYTES_MAX = 32 << 20
 _LOG_TAIL_BYTES = 16 << 10
 
@@ -54,11 +51,12 @@ class Ganesha(Program):
 
     def __init__(
         self, settings: NodeSettings, layout: Layout, environment: Mapping[str, str],
-        volumes: Sequence[Volume],
+        volumes: Sequence[Volume], *, late_after_s: float,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._volumes = volumes
+        self._late_after_s = late_after_s
         self._environment = dict(environment)
         libraries = [preload("filer.supervisor._fsid_preload")]
         if not settings.nfs.registers:
@@ -70,7 +68,7 @@ class Ganesha(Program):
         """Names of the volumes in the configuration that Ganesha read last."""
 
     async def prepare(self) -> None:
-        with trio.move_on_after(_VOLUMES_WITHIN_S):
+        with trio.move_on_after(self._late_after_s):
             for volume in self._volumes:
                 await volume.serving.wait()
         await rpc_probe.until(self._any_serves)
@@ -169,13 +167,14 @@ class NfsServer:
 
     def __init__(
         self, settings: NodeSettings, layout: Layout, environment: Mapping[str, str],
-        volumes: Sequence[Volume],
+        volumes: Sequence[Volume], *, late_after_s: float,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._volumes = volumes
         self._environment = environment
-        self._program = Ganesha(settings, layout, environment, volumes)
+        self._program = Ganesha(
+            settings, layout, environment, volumes, late_after_s=late_after_s)
         self._ganesha = Child(self._program)
         self.children: list[Child] = []
         """Those that were started, in order."""
@@ -231,9 +230,9 @@ class NfsServer:
         late = [v.settings.name for v in self._volumes
                 if v.serving.is_set() and v.settings.name not in self._program.exported]
         if late:
-            log.info("exporting volumes that came late", volumes=late)
             self._program.write_configuration()
             self._ganesha.signal(signal.SIGHUP)
+            log.info("volumes that came late are exported", volumes=late)
 
 
 def reachable(bind: str) -> str:
