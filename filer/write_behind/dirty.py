@@ -256,7 +256,7 @@ class DirtyFiles:
         file = self._files.pop(inode, None)
         if file is not None:
             self.byte_count -= file.extents.byte_count
-            self.extent_count -= len(file.extents)
+            self.extent_count -= file.extents.extent_count
 
     def _changed(self, inode: InodeId, logged: Logged) -> DirtyFile:
         file = self._files.get(inode)
@@ -276,18 +276,18 @@ class DirtyFiles:
     def _write(
         self, file: DirtyFile, start: int, length: int, mtime_ns: int, logged: Logged
     ) -> None:
-        bytes_before, count_before = file.extents.byte_count, len(file.extents)
+        bytes_before, count_before = file.extents.byte_count, file.extents.extent_count
         file.extents.insert(start, start + length, logged.data_at)
         self.byte_count += file.extents.byte_count - bytes_before
-        self.extent_count += len(file.extents) - count_before
+        self.extent_count += file.extents.extent_count - count_before
         file.size = max(file.size, start + length)
         file.mtime_ns = mtime_ns
 
     def _resize(self, file: DirtyFile, size: int, mtime_ns: int) -> None:
-        bytes_before, count_before = file.extents.byte_count, len(file.extents)
+        bytes_before, count_before = file.extents.byte_count, file.extents.extent_count
         file.extents.truncate(size)
         self.byte_count += file.extents.byte_count - bytes_before
-        self.extent_count += len(file.extents) - count_before
+        self.extent_count += file.extents.extent_count - count_before
         file.clean_limit = min(file.clean_limit, size)
         if file.since is not None:
             limit = file.since.clean_limit
@@ -318,10 +318,10 @@ class DirtyFiles:
             self._remove(inode)
             return
         assert file.flush_begun == up_to
-        bytes_before, count_before = file.extents.byte_count, len(file.extents)
+        bytes_before, count_before = file.extents.byte_count, file.extents.extent_count
         file.extents.drop_older(up_to)
         self.byte_count += file.extents.byte_count - bytes_before
-        self.extent_count += len(file.extents) - count_before
+        self.extent_count += file.extents.extent_count - count_before
         since = file.since
         file.base = replace(file.base, version=version, data_version=data_version)
         file.clean_limit = (

@@ -37,7 +37,6 @@ from filer.write_behind.store import DirtyStore, Turn
 
 _log = structlog.get_logger(__name__)
 
-CHUNK_BYTES = 4 << 20
 _PIECE_BYTES_MAX = 1 << 20
 _WRITES_PER_FILE = 8
 _WRITES_AT_ONCE = 32
@@ -216,7 +215,7 @@ class Flusher:
 
     async def _write_all(self, plan: FlushPlan) -> None:
         """All extents, on stable storage of the core filer when this returns."""
-        todo = pieces(plan.extents, min(_PIECE_BYTES_MAX, self._core.io_bytes_max), CHUNK_BYTES)
+        todo = pieces(plan.extents, min(_PIECE_BYTES_MAX, self._core.io_bytes_max))
         if len(todo) == 1:
             # One round trip instead of two: most small files.
             await self._write_piece(plan, todo[0], stable=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -112,7 +112,7 @@ class SimFile:
         self._is_closed = True
 
     async def _arrive(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._disk._arrive()
         assert not self._is_closed, "used after close"
         assert self._generation == self._disk.generation, "used after a crash"
 
@@ -127,6 +127,7 @@ class SimDisk:
         self.fail_writes = 0
         self.fail_reads = 0
         self.fail_syncs = 0
+        self.before_operation: Callable[[], None] = lambda: None
         self.sync_count = 0
         self.write_count = 0
         self._names: dict[str, _Content] = {}
@@ -135,15 +136,15 @@ class SimDisk:
     # --- Disk
 
     async def names(self) -> list[str]:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         return list(self._names)
 
     async def open(self, name: str) -> SimFile:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         return SimFile(self, self._names[name])
 
     async def create(self, name: str) -> SimFile:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         if self.fail_writes:
             raise OSError(self.fail_writes, os.strerror(self.fail_writes))
         content = self._names.get(name)
@@ -155,17 +156,17 @@ class SimDisk:
         return SimFile(self, content)
 
     async def remove(self, name: str) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         del self._names[name]
 
     async def sync_directory(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         if self.fail_syncs:
             raise OSError(self.fail_syncs, os.strerror(self.fail_syncs))
         self._stable_names = dict(self._names)
 
     async def free_bytes(self) -> int:
-        await trio.lowlevel.checkpoint()
+        await self._arrive()
         return 1 << 40 if self.capacity_bytes is None else self.capacity_bytes - self.used_bytes
 
     # --- the world
@@ -258,6 +259,10 @@ class SimDisk:
     def _become(self, contents: dict[str, bytes]) -> None:
         other = SimDisk.holding(contents)
         self._names, self._stable_names = other._names, other._stable_names
+
+    async def _arrive(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.before_operation()
 
     def _begin_write(self) -> None:
         self.write_count += 1
