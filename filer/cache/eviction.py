@@ -63,11 +63,11 @@ class _Ghosts:
     def __init__(self, buckets: int) -> None:
         self._mask = buckets - 1
         self._fingerprints = array("Q", bytes(8 * buckets))
-        self._numbers = array("L", bytes(array("L").itemsize * buckets))
+        self._numbers = array("I", bytes(4 * buckets))
         self.number = 0
 
     def add(self, fingerprint: int) -> None:
-        self.number += 1
+        self.number = self.number % 0xFFFF_FFFF + 1  # 0 marks an empty bucket
         bucket = fingerprint & self._mask
         self._fingerprints[bucket] = fingerprint
         self._numbers[bucket] = self.number
@@ -79,7 +79,7 @@ class _Ghosts:
         if number == 0 or self._fingerprints[bucket] != fingerprint:
             return False
         self._numbers[bucket] = 0
-        return self.number - number < age_max
+        return (self.number - number) % 0xFFFF_FFFF < age_max
 
 
 class Eviction:

@@ -492,6 +492,8 @@ class PageStore:
 
     async def _make_room(self, incoming_bytes: int) -> bool:
         settings = self._settings
+        if incoming_bytes > settings.capacity_bytes:
+            return False
         wanted = bytes_to_evict(
             self._policy.bytes + self._incoming_bytes, incoming_bytes,
             capacity_bytes=settings.capacity_bytes, high_water=settings.high_water,
@@ -674,7 +676,8 @@ class PageStore:
     async def _unlink_garbage(self) -> None:
         while self._garbage:
             doomed = [self._garbage.popleft() for _ in range(min(len(self._garbage), 1000))]
-            await trio.to_thread.run_sync(self._files.unlink, doomed)
+            with trio.CancelScope(shield=True):  # or the batch would be lost, with descriptors
+                await trio.to_thread.run_sync(self._files.unlink, doomed)
 
     async def _sweep(self) -> None:
         """After a start: remove files that no record names, and what was set aside."""

@@ -65,13 +65,15 @@ class Stream:
     reads: int = 1
     read_bytes: int = 0
     fetched_bytes: int = 0
+    used_bytes: int = 0
+    """Read after the first window was asked for."""
     used_at_s: float = 0.0
     is_unproven: bool = False
     """Its first window is open and nothing was read since."""
 
     @property
     def is_useful(self) -> bool:
-        return 2 * self.read_bytes >= self.fetched_bytes
+        return 2 * self.used_bytes >= self.fetched_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +139,11 @@ class ReadAhead:
     @property
     def file_count(self) -> int:
         return len(self._files)
+
+    @property
+    def unproven_count(self) -> int:
+        """First windows of which nothing was read yet."""
+        return self._unproven
 
     @property
     def patience(self) -> int:
@@ -348,6 +355,8 @@ class ReadAhead:
         stream.is_unproven = False
         stream.reads += 1
         stream.read_bytes += end - start
+        if stream.fetched_bytes:
+            stream.used_bytes += end - start
         stream.used_at_s = now_s
         self._streams.move_to_end(id(stream))
 
