@@ -160,7 +160,8 @@ class FileData:
         file = await self._writable(inode)
         mtime_ns = self._stamp(inode)
         await self.write_behind.write(file, start, data, mtime_ns)
-        self._modified(inode, max(inode.attributes.size, start + len(data)), mtime_ns)
+        self._modified(
+            inode, max(inode.attributes.size, start + len(data)), mtime_ns, len(data))
 
     async def truncate(self, inode: Inode, size: int) -> None:
         """Set the size; stable when it returns (RFC 1813 §3.3.2)."""
@@ -227,12 +228,15 @@ class FileData:
         """A new mtime; strictly later than the last, or the kernel would keep stale pages."""
         return max(self._wall_clock_ns(), inode.attributes.mtime_ns + 1)
 
-    def _modified(self, inode: Inode, size: int, mtime_ns: int) -> None:
+    def _modified(
+        self, inode: Inode, size: int, mtime_ns: int, written_bytes: int = 0
+    ) -> None:
         told = inode.attributes
         stamp = max(mtime_ns, told.mtime_ns)
         inode.attributes = replace(
             told, size=size, mtime_ns=stamp, ctime_ns=max(stamp, told.ctime_ns),
-            used_bytes=max(told.used_bytes, size))
+            # A guess until the flush: bytes written again are counted twice.
+            used_bytes=min(told.used_bytes + written_bytes, -(-size // 4096) * 4096))
 
     # -- what the core filer shows -----------------------------------------------------------
 

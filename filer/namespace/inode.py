@@ -90,9 +90,18 @@ class Inode:
         self.data_version = new_version
         return Change.DATA
 
-    def mutated(self, told: Attributes, now: float) -> None:
-        """Take in attributes that the core filer told as the result of our own change."""
+    def mutated(self, told: Attributes, now: float, *, is_dirty: bool) -> None:
+        """Take in attributes that the core filer told as the result of our own change.
+
+        *is_dirty*: its bytes are in the write-behind log, which knows size and mtime better.
+        """
         self.verified_at = now
+        if is_dirty:
+            ours = self.attributes
+            self.attributes = replace(
+                ours, mode=told.mode, uid=told.uid, gid=told.gid, nlink=told.nlink,
+                ctime_ns=max(told.ctime_ns, ours.ctime_ns + 1))
+            return
         self.core = told.version
         if told.is_directory:
             told = _later(told, self.attributes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 import trio
@@ -399,9 +400,7 @@ class Namespace:
             told = await self._core.rmdir(parent.handle, name, repeated=repeated)
         self._removed(parent, name, told)
         if inode is not None:
-            self._directories.pop(inode.id, None)
-            inode.directory = None
-            self.table.gone(inode)
+            self._removed_directory(inode)
 
     async def rename(
         self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int,
@@ -446,9 +445,7 @@ class Namespace:
             if orphans is not None:
                 self._orphaned(target)
             elif target.attributes.is_directory:
-                self._directories.pop(target.id, None)
-                target.directory = None
-                self.table.gone(target)
+                self._removed_directory(target)
             else:
                 self._lost_a_link(target)
         self._suspect(parent, new_parent)
@@ -458,12 +455,10 @@ class Namespace:
 
     async def set_attributes(self, inode: Inode, changes: SetAttributes) -> None:
         """Change attributes at the core filer; sizes of files go through the write-behind log."""
+        was_dirty = self.table.is_dirty(inode)
         with self.table.changing(inode):
             told = await self._core.setattr(inode.handle, changes)
-        self.applied(inode, told)
-
-    def applied(self, inode: Inode, told: Attributes) -> None:
-        inode.mutated(told, trio.current_time())
+        self.table.mutated(inode, told, was_dirty=was_dirty)
         self.table.save(inode)
 
     # -- orphans -----------------------------------------------------------------------------
@@ -482,6 +477,13 @@ class Namespace:
         """The kernel dropped its last reference to *inode_id*."""
         if inode_id in self._orphans:
             self._background.start_soon(self._remove_orphan, inode_id)
+            return
+        inode = self.table.in_memory(inode_id)
+        if inode is not None and inode.is_orphan:
+            inode.is_orphan = False
+            self._directories.pop(inode_id, None)
+            inode.directory = None
+            self.table.gone(inode)
 
     async def _orphanage(self, inode: Inode) -> Handle | None:
         """Where to keep *inode* when its last name goes; ``None``: it need not be kept."""
@@ -558,15 +560,24 @@ class Namespace:
         self._save_directory(parent)
 
     def _lost_a_link(self, inode: Inode) -> None:
-        from dataclasses import replace
-
         links = max(0, inode.attributes.nlink - 1)
         inode.attributes = replace(
             inode.attributes, nlink=links, ctime_ns=inode.attributes.ctime_ns + 1)
-        if not links and not inode.is_orphan:
-            self.table.gone(inode)
-        else:
+        if links or inode.is_orphan:
             self.table.save(inode)
+        else:
+            self._nameless(inode)
+
+    def _removed_directory(self, inode: Inode) -> None:
+        inode.attributes = replace(inode.attributes, nlink=0)
+        inode.directory = names = Directory()
+        names.complete = True
+        self._nameless(inode)
+
+    def _nameless(self, inode: Inode) -> None:
+        """Gone from the core filer; whoever has it open may still ask for its attributes."""
+        inode.is_orphan = True
+        self._store.forget_inode(inode.id)
 
     def _add_name(self, parent: Inode, name: bytes, inode: Inode) -> None:
         inode.name = name

@@ -184,11 +184,20 @@ class InodeTable:
         known = self.find(self.inode_id(found.attributes))
         if known is not None and known.handle == found.handle:
             known.parent = parent
-            if self._is_dirty(known.id):
-                return known
-            known.mutated(found.attributes, trio.current_time())
+            self.mutated(known, found.attributes)
             return known
         return self.admit(found.handle, found.attributes, parent, self.clock, save=False)
+
+    def mutated(self, inode: Inode, told: Attributes, *, was_dirty: bool = False) -> None:
+        """Take in what the core filer told as the result of our own change.
+
+        *was_dirty*: the file was dirty when the change was sent; a flush may have ended since,
+        and *told* may be from before its end.
+        """
+        inode.mutated(told, trio.current_time(), is_dirty=was_dirty or self._is_dirty(inode.id))
+
+    def is_dirty(self, inode: Inode) -> bool:
+        return self._is_dirty(inode.id)
 
     def save(self, *inodes: Inode) -> None:
         self._store.put_inodes([inode.record() for inode in inodes])

@@ -154,6 +154,12 @@ class Operations(pyfuse3.Operations):
         if start_id == 0 or names is None or not names.entries:
             names = await self._namespace.listed(directory)
         table = self._namespace.table
+        for cookie, name in enumerate((b".", b".."), start=1):
+            # The kernel takes no reference for these two.
+            if start_id < cookie and not pyfuse3.readdir_reply(
+                token, name, self._encode(directory, 0.0), cookie
+            ):
+                return
         for cookie, name, inode_id in names.since(start_id):
             inode = table.find(inode_id)
             if inode is None:
