@@ -1,7 +1,31 @@
-"""Failures that are known, with the reason, for each way to reach a file system."""
+"""Failures that are known, with the reason, for each way to reach a file system.
+
+``nfs3`` and ``nfs41`` are those of any directory that NFS-Ganesha exports through FSAL_VFS, also
+of plain ext4: what the filer may fail over NFS is exactly this.
+"""
 
 from __future__ import annotations
 
+_NFS = {
+    "attributes.a_truncation_by_an_ordinary_user_clears_setuid":
+        "Ganesha truncates with the capability that keeps setuid",
+    "directories.a_removed_directory_that_is_still_open_is_empty":
+        "the server forgets a removed directory, so that its handle is stale",
+    "times.times_of_a_symlink_are_its_own":
+        "Ganesha sets the times of a symlink through a descriptor that it cannot open",
+    "unlinks.an_unlinked_open_file_has_no_links":
+        "NFS has no open files: the client renames the file to .nfs… until it is closed",
+    "unlinks.a_directory_can_go_once_its_open_files_are_unlinked":
+        "NFS has no open files: the .nfs… file is still in the directory",
+}
+
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
     "native": {},
+    "nfs3": _NFS | {
+        "creation.a_special_file_can_be_renamed_linked_and_removed":
+            "Ganesha looks a socket up by the name it had when its handle was made",
+        "times.a_time_within_the_first_second_is_kept":
+            "Ganesha takes zero seconds for a time that was not given",
+    },
+    "nfs41": _NFS,
 }
