@@ -79,26 +79,30 @@ class VolumeAdmin:
             ],
             conflict_copies=dirty.conflicts,
             inodes_in_memory=len(v.namespace.table),
-            internal_errors=int(_value("filer_internal_errors_total")),
+            internal_errors=int(sum(
+                s.value for f in metrics.INTERNAL_ERRORS.collect() for s in f.samples
+                if s.name.endswith("_total"))),
         ))
 
     async def top(self, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
         v = self._volume
         core, dirty, pages = v.core.state(), v.write_behind.statistics(), v.pages.statistics()
         samples = _samples()
+        client_bytes = _by_label(samples, "filer_client_bytes_total", "direction")
+        core_bytes = _by_label(samples, "filer_core_bytes_total", "direction")
         return plain(TopSample(
             volume=v.settings.name, time_s=trio.current_time(),
             operations=_by_label(samples, "filer_upcalls_total", "operation"),
             operation_seconds=_by_label(
                 samples, "filer_client_operation_seconds_sum", "operation", float),
-            read_bytes=int(_value("filer_client_bytes_total", direction="read")),
-            written_bytes=int(_value("filer_client_bytes_total", direction="write")),
+            read_bytes=client_bytes.get("read", 0),
+            written_bytes=client_bytes.get("write", 0),
             hits=_by_label(samples, "filer_cache_lookups_total", "layer", outcome="hit"),
             misses=_by_label(samples, "filer_cache_lookups_total", "layer", outcome="miss"),
             core_operations=sum(_by_label(
                 samples, "filer_core_operation_seconds_count", "operation").values()),
-            core_read_bytes=int(_value("filer_core_bytes_total", direction="read")),
-            core_written_bytes=int(_value("filer_core_bytes_total", direction="write")),
+            core_read_bytes=core_bytes.get("read", 0),
+            core_written_bytes=core_bytes.get("write", 0),
             core_in_flight=core.in_flight,
             cache_bytes=pages.cached_bytes, cache_capacity_bytes=v.settings.cache.capacity_bytes,
             dirty_bytes=dirty.dirty_bytes, dirty_files=dirty.dirty_files,
@@ -303,10 +307,6 @@ def _kind(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "symlink"
     return "file" if stat.S_ISREG(mode) else "special"
-
-
-def _value(name: str, **labels: str) -> float:
-    return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def _samples() -> list[Any]:

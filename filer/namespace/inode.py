@@ -135,8 +135,8 @@ class Directory:
     cookie sees every name that existed all the while exactly once, whatever else happens.
     """
 
-    __slots__ = ("_dead", "_order", "complete", "entries", "local_changes", "negative",
-                 "next_cookie", "suspect", "verified")
+    __slots__ = ("_dead", "_order", "complete", "entries", "local_changes", "misses",
+                 "negative", "next_cookie", "suspect", "verified")
 
     def __init__(self, next_cookie: int = FIRST_COOKIE) -> None:
         self.entries: dict[bytes, tuple[InodeId, int]] = {}
@@ -148,6 +148,8 @@ class Directory:
         """Names checked since a foreign change; ``None``: all of them are."""
         self.suspect = False
         """We changed names since the last look: a foreign change may hide behind our mtime."""
+        self.misses = 0
+        """Names asked for in vain since the names were last known to be complete."""
         self.local_changes: dict[bytes, InodeId | None] | None = None
         """While a listing is under way: what we did meanwhile."""
         self._order: list[tuple[int, bytes]] = []

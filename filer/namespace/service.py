@@ -42,6 +42,7 @@ NAME_BYTES_MAX = 255
 FOREVER_S = 86400.0
 """The kernel's timeout where the policy never verifies."""
 _NEGATIVE_NAMES_MAX = 10_000
+_MISSES_MAX = 8
 _PATIENCE_S = 4.0
 """A GETATTR unanswered for this long is answered from what is known instead."""
 _STALE_TIMEOUT_S = 1.0
@@ -197,6 +198,9 @@ class Namespace:
                 if len(names.negative) >= _NEGATIVE_NAMES_MAX:
                     names.negative.clear()
                 names.negative.add(name)
+                names.misses += 1
+                if names.misses == _MISSES_MAX:
+                    self._background.start_soon(self._list_ahead, parent)
             return None
         inode = self.table.admit(found.handle, found.attributes, parent.id, asked_at)
         if parent.change_sequence <= asked_at:
@@ -250,6 +254,16 @@ class Namespace:
         self._shed_directories()
         return names
 
+    async def _list_ahead(self, parent: Inode) -> None:
+        """So many names in vain: learn them all, and answer the next ones from memory.
+
+        Whoever makes files asks for each new name first, which costs a round trip otherwise.
+        """
+        try:
+            await self.listed(parent)
+        except FilerError as exc:
+            log.debug("listing ahead failed", inode=parent.id, reason=str(exc))
+
     async def _list(self, parent: Inode, names: Directory) -> None:
         """Read the whole directory and make *names* equal to it.
 
@@ -299,6 +313,7 @@ class Namespace:
                 changes.append((names.add(name, inode_id), name, inode_id))
         names.complete = True
         names.verified = None
+        names.misses = 0
         names.negative.clear()
         names.suspect = bool(ours) or after.mtime_ns != before.mtime_ns
         self.table.observe(parent, after, asked_at)
@@ -637,6 +652,7 @@ def _distrust(names: Directory) -> None:
     """Names may have changed behind us: keep the cookies, believe no name unasked."""
     names.complete = False
     names.verified = set()
+    names.misses = 0
     names.negative.clear()
 
 
