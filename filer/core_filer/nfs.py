@@ -37,7 +37,7 @@ from filer.core_filer.base import (
 from filer.core_filer.nfs3 import FileSystemLimits, NfsError
 from filer.core_filer.observed import observed
 from filer.core_filer.repeats import Wanted
-from filer.core_filer.rpc_connection import Request, RpcRejected
+from filer.core_filer.rpc_connection import Request, RpcRejected, Unencodable
 from filer.core_filer.rpc_pool import Attempts, Lane, Pool
 from filer.errors import Refused
 
@@ -443,6 +443,9 @@ class NfsCoreFiler:
         while True:
             try:
                 return await self._pool.call(request, lane, attempts)
+            except Unencodable as error:
+                # Only names are long: of symbolic links' targets nearly 4 KiB fit.
+                raise Refused(errno.ENAMETOOLONG, str(error)) from error
             except RpcRejected as error:
                 raise Refused(errno.EIO, str(error)) from error
             except NfsError as error:

@@ -70,8 +70,13 @@ class Mounted:
 class Mounter:
     """Raises TryAgain while the NAS does not answer, Misconfigured if it answers no."""
 
-    def __init__(self, url: NfsUrl, *, machine_name: str, limits: Limits) -> None:
+    def __init__(
+        self, url: NfsUrl, *, machine_name: str, limits: Limits,
+        portmap_port: int = _PORTMAP_PORT,
+    ) -> None:
         self._url, self._machine_name, self._limits = url, machine_name, limits
+        self._portmap_port = portmap_port
+        self._failures = 0
 
     async def mount(self) -> Mounted:
         mount_port = self._url.mount_port or await self._registered_port(_MOUNT_PROGRAM)
@@ -111,7 +116,7 @@ class Mounter:
             lambda data: int(ffi.cast("uint32_t *", data)[0]),
         )
         try:
-            return await self._ask(_PORTMAP_PORT, lib.rpc_pmap2_null_async, request)
+            return await self._ask(self._portmap_port, lib.rpc_pmap2_null_async, request)
         except TryAgain as error:
             raise TryAgain(f"portmapper: {error} (?mountport= does without it)") from error
 
@@ -125,7 +130,8 @@ class Mounter:
     ) -> _T:
         connection = Connection(null, machine_name=self._machine_name, limits=self._limits)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(connection.run, self._url.host, port)
+            # Of several addresses of the host the next one after a failure.
+            nursery.start_soon(connection.run, self._url.host, port, self._failures)
             try:
                 await connection.wait_up()
                 result = await connection.call(request)
@@ -135,6 +141,7 @@ class Mounter:
                 connection.lose("done")
                 return result
             connection.lose("failed")
+        self._failures += 1
         raise failure
 
     def _refusal(self, status: int) -> Misconfigured:

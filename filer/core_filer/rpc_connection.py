@@ -40,6 +40,10 @@ class RpcRejected(FilerError):
     """The server answered on the level of RPC: program or procedure missing, credentials…"""
 
 
+class Unencodable(FilerError):
+    """libnfs has 4 KiB for a call (and more for the data of WRITE); nothing was sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request(Generic[_T]):
     procedure: Callable[..., int]
@@ -83,7 +87,8 @@ class Connection:
         self.in_flight_bytes = 0
         self.lost_reason: str | None = None
         self.heard_s = trio.current_time()
-        """When the peer last showed life, or was last asked while nothing was in flight."""
+        """When the peer last showed life, or was first asked after an idle time."""
+        self._give_up_s = self.heard_s + limits.silence_s
         self._probe_request = Request(null, (), lambda data: None)
         self._limits = limits
         self._machine_name = machine_name
@@ -117,7 +122,7 @@ class Connection:
         return len(self._in_flight)
 
     async def call(self, request: Request[_T]) -> _T:
-        """Raises NotConnected, ConnectionLost, RpcRejected, or what decoding raises.
+        """Raises NotConnected, ConnectionLost, RpcRejected, Unencodable, or what decoding raises.
 
         After a cancellation the reply, if any, is ignored.
         """
@@ -131,10 +136,11 @@ class Connection:
         result: _T = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
 
-    def suspect(self, patience_s: float) -> None:
-        """Another connection to this peer died: find out within *patience_s* about this one."""
+    def suspect(self) -> None:
+        """Another connection to this peer died: find out soon about this one."""
         if self._up and self.lost_reason is None:
-            self.heard_s = trio.current_time() - self._limits.silence_s + patience_s
+            soon_s = trio.current_time() + self._limits.silence_s / 3
+            self._give_up_s = min(self._give_up_s, soon_s)
             self._probe()
 
     # --- Sending
@@ -143,12 +149,12 @@ class Connection:
         if self.lost_reason is not None:
             raise NotConnected(self.lost_reason)
         if task is not None and not self._in_flight:
-            self.heard_s = trio.current_time()
+            self._heard()
         call_id = next(_call_ids)
         if request.procedure(
             self._context, lib.libnfs_replied, *request.arguments, ffi.cast("void *", call_id)
         ):
-            raise RpcRejected(self._error("libnfs cannot encode the request"))
+            raise Unencodable(self._error("too long"))
         _calls[call_id] = _Call(request, self, task)
         self._in_flight.add(call_id)
         self.in_flight_bytes += request.payload_bytes
@@ -171,7 +177,7 @@ class Connection:
             self._sendable = trio.Event()
             await trio.lowlevel.wait_writable(fd)
             # The peer took something: a long upload is not silence.
-            self.heard_s = trio.current_time()
+            self._heard()
             self._send()
 
     # --- Receiving
@@ -179,7 +185,7 @@ class Connection:
     async def _keep_receiving(self, fd: int) -> None:
         while True:
             await trio.lowlevel.wait_readable(fd)
-            self.heard_s = trio.current_time()
+            self._heard()
             self._service(select.POLLIN)
 
     def _service(self, events: int) -> None:
@@ -272,11 +278,15 @@ class Connection:
             await trio.sleep(silence_s / 10)
             if not self._in_flight:
                 continue
-            quiet_s = trio.current_time() - self.heard_s
-            if quiet_s >= silence_s:
-                self.lose(f"no answer for {silence_s:g} s")
-            elif quiet_s >= silence_s / 3:
+            patience_s = self._give_up_s - trio.current_time()
+            if patience_s <= 0:
+                self.lose(f"no answer for {trio.current_time() - self.heard_s:.0f} s")
+            elif patience_s <= silence_s * 2 / 3:
                 self._probe()
+
+    def _heard(self) -> None:
+        self.heard_s = trio.current_time()
+        self._give_up_s = self.heard_s + self._limits.silence_s
 
     def lose(self, reason: str) -> None:
         """Give the connection up; its `run` ends soon."""

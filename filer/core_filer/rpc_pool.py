@@ -28,10 +28,6 @@ from filer.core_filer.rpc_connection import (
 
 _T = TypeVar("_T")
 
-_SUSPECT_PATIENCE_S = 5.0
-"""How long the other connections have to prove themselves after one died of silence."""
-
-
 class Lane(enum.Enum):
     """Small requests must not queue behind megabytes, nor the other way round."""
 
@@ -83,7 +79,7 @@ class Pool:
     async def call(self, request: Request[_T], lane: Lane, attempts: Attempts) -> _T:
         """Repeat until a reply comes; *attempts* tells about those before.
 
-        Raises RpcRejected, or what decoding the reply raises.
+        Raises RpcRejected, Unencodable, or what decoding the reply raises.
         """
         self._waiting += 1
         try:
@@ -141,10 +137,11 @@ class Pool:
         self._came_up = trio.Event()
 
     def _down(self, index: int, connection: Connection) -> None:
-        self._slots[index] = None
+        was_up, self._slots[index] = self._slots[index] is connection, None
         alive = [c for c in self._slots if c is not None and c.lost_reason is None]
-        for other in alive:
-            other.suspect(_SUSPECT_PATIENCE_S)
+        if was_up:
+            for other in alive:
+                other.suspect()
         if not alive:
             self._reason = connection.lost_reason or ""
             if self._unreachable_since_s is None:

@@ -55,6 +55,7 @@ class Nas:
         self._pid_file = work_dir / "ganesha.pid"
         self._preload = work_dir / "no_rpcbind.so"
         self._process: subprocess.Popen[bytes] | None = None
+        self._epoch = int(time.time())
         recovery = work_dir / "recovery"
         recovery.mkdir(parents=True, exist_ok=True)
         subprocess.run(
@@ -92,9 +93,11 @@ class Nas:
     def start(self) -> None:
         """Start, on the same ports as before if it ran before; returns once it answers."""
         assert not self.running, "the NAS runs already"
+        # Its write verifier is its start time in seconds, which two quick starts would share.
+        self._epoch += 1
         self._process = subprocess.Popen(
             [_PROGRAM, "-F", "-f", str(self._configuration), "-L", str(self.log),
-             "-p", str(self._pid_file)],
+             "-p", str(self._pid_file), "-E", str(self._epoch)],
             env={**os.environ, "LD_PRELOAD": str(self._preload)},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             # Signals meant for the test (Ctrl-C) must not reach it before the test does.
