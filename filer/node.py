@@ -53,6 +53,8 @@ class NodeOptions:
     late_after_s: float = 15.0
     """The NFS server starts without volumes that take longer, and exports them when they come:
     a core filer that is down must not keep the others from being served."""
+    hung_after_s: float = 20.0
+    """An NFS server that does not answer for about this long is killed and started again."""
 
 
 class Node:
@@ -73,7 +75,8 @@ class Node:
             for volume in settings.volumes
         ]
         self._nfs = NfsServer(settings, self._layout, environment, self._volumes,
-                              late_after_s=self._options.late_after_s)
+                              late_after_s=self._options.late_after_s,
+                              hung_after_s=self._options.hung_after_s)
         self._upgrading = trio.Lock()
 
     async def run(self) -> None:

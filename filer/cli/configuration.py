@@ -127,7 +127,7 @@ def _allowed(error: ErrorDetails, location: Location) -> str:
     if kind in ("tuple_type", "list_type"):
         return "must be a list of tables"
     if kind == "too_short":
-        return f"must have at least one entry"
+        return "must have at least one entry"
     return f"must satisfy: {_lower(error['msg'])}"
 
 
@@ -160,12 +160,13 @@ def _range(location: Location) -> str:
 
 
 def _what_it_is(location: Location) -> str:
-    field = _field(location)
-    described = field.description if field is not None and field.description else ""
     if location == ("volumes",):
         return "every node needs at least one [[volumes]]"
-    return f"it must be given: {_lower(' '.join(re.sub('[`*]', '', described).split()))}" if described else (
-        "it must be given")
+    field = _field(location)
+    if field is None or not field.description:
+        return "it must be given"
+    described = " ".join(re.sub("[`*]", "", field.description).split())
+    return f"it must be given: {_lower(described)}"
 
 
 def _known_keys(location: Location) -> str:

@@ -32,7 +32,9 @@ _RPCBIND = Path("/usr/sbin/rpcbind")
 _STATD = Path("/usr/sbin/rpc.statd")
 
 _PROBE_EVERY_S = 5.0
-_PROBE_WITHIN_S = 10.0
+_PROBE_EVERY_EAGERLY_S = 0.2
+"""While something is to be noticed soon: a volume that is late, a server that may hang."""
+_PROBE_WITHIN_S = 5.0
 _LOG_BYTES_MAX = 32 << 20
 _LOG_TAIL_BYTES = 16 << 10
 
@@ -68,9 +70,12 @@ class Ganesha(Program):
         """Names of the volumes in the configuration that Ganesha read last."""
 
     async def prepare(self) -> None:
-        with trio.move_on_after(self._late_after_s):
+        with trio.move_on_after(self._late_after_s) as patience:
             for volume in self._volumes:
                 await volume.serving.wait()
+        if patience.cancelled_caught:
+            log.warning("volumes are late, the others are served without them", late=[
+                v.settings.name for v in self._volumes if not v.serving.is_set()])
         await rpc_probe.until(self._any_serves)
         self._layout.ganesha_recovery.mkdir(parents=True, exist_ok=True)
         self._layout.ganesha_log.write_bytes(b"")
@@ -101,9 +106,9 @@ class Ganesha(Program):
     async def wait_ready(self) -> None:
         await rpc_probe.until(self.answers)
 
-    async def answers(self) -> bool:
+    async def answers(self, within_s: float = _PROBE_WITHIN_S) -> bool:
         nfs = self._settings.nfs
-        with trio.move_on_after(_PROBE_WITHIN_S):
+        with trio.move_on_after(within_s):
             return await rpc_probe.answers(
                 reachable(nfs.bind), nfs.port, rpc_probe.NFS_PROGRAM, 3)
         return False
@@ -167,12 +172,13 @@ class NfsServer:
 
     def __init__(
         self, settings: NodeSettings, layout: Layout, environment: Mapping[str, str],
-        volumes: Sequence[Volume], *, late_after_s: float,
+        volumes: Sequence[Volume], *, late_after_s: float, hung_after_s: float,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._volumes = volumes
         self._environment = environment
+        self._probe_within_s = hung_after_s / HangDetector.probes_needed
         self._program = Ganesha(
             settings, layout, environment, volumes, late_after_s=late_after_s)
         self._ganesha = Child(self._program)
@@ -209,13 +215,14 @@ class NfsServer:
         """Restart Ganesha when it hangs; export volumes that came late; bound its log."""
         hangs = HangDetector()
         while True:
-            await trio.sleep(_PROBE_EVERY_S if self._all_exported() else 0.2)
+            eager = self._ganesha.state == "unresponsive" or not self._all_exported()
+            await trio.sleep(_PROBE_EVERY_EAGERLY_S if eager else _PROBE_EVERY_S)
             if self._ganesha.state not in ("running", "unresponsive"):
                 hangs = HangDetector()
                 continue
             self._export_late_volumes()
             _bound_log(self._layout.ganesha_log)
-            answered = await self._program.answers()
+            answered = await self._program.answers(self._probe_within_s)
             if self._ganesha.state not in ("running", "unresponsive"):
                 continue
             self._ganesha.state = "running" if answered else "unresponsive"

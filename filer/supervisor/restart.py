@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 EXIT_MISCONFIGURED = 64
 
@@ -80,12 +81,12 @@ def exit_reason(status: int) -> str:
 class HangDetector:
     """Tells a server that hangs from one that is slow once.
 
-    A server is taken for hung after *probes_max* unanswered probes in a row.  While the cause
+    A server is taken for hung after ``probes_needed`` unanswered probes in a row.  While the cause
     may lie behind it (*excused*: a core filer that does not answer blocks requests, and at last
     all of its threads), it is left alone: killing it would help nobody.
     """
 
-    probes_max: int = 4
+    probes_needed: ClassVar[int] = 4
     _unanswered: int = 0
 
     def probed(self, *, answered: bool, excused: bool) -> bool:
@@ -94,11 +95,7 @@ class HangDetector:
             self._unanswered = 0
             return False
         self._unanswered += 1
-        if self._unanswered < self.probes_max or excused:
+        if self._unanswered < self.probes_needed or excused:
             return False
         self._unanswered = 0
         return True
-
-    @property
-    def unanswered(self) -> int:
-        return self._unanswered

@@ -124,8 +124,14 @@ class Volume:
 
     async def watch(self) -> None:
         """Keep the last status fresh, notice when the volume serves.  Runs for ever."""
+        restarts = 0
         while True:
             await self.refresh()
+            server = self.server_status()
+            if server.restarts > restarts and server.last_exit_age_s is not None:
+                log.warning("volume server ended, its keeper starts it again",
+                            volume=self.settings.name, reason=server.last_exit)
+            restarts = server.restarts
             if (
                 not self.serving.is_set() and self._status is not None
                 and self._status.phase == "serving" and self.child.pid is not None
@@ -158,9 +164,9 @@ class Volume:
         """The volume server, as its keeper tells."""
         state = self._keeper.state()
         last_exit = state.get("last_exit") or ""
-        if last_exit and state.get("last_line"):
-            last_exit = f"{last_exit} ({state['last_line']})"
         ended_itself = last_exit not in ("", "exit 0")  # exit 0: it was replaced
+        if last_exit.startswith("exit ") and ended_itself and state.get("last_line"):
+            last_exit = f"{last_exit} ({state['last_line']})"
         return ChildStatus(
             name="volume server", volume=self.settings.name, pid=state.get("server_pid"),
             state=_KEEPER_PHASES.get(state.get("phase", ""), "starting"),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from filer.settings import NodeSettings
 settings = NodeSettings.model_validate_json(open(sys.argv[1]).read())
 options = NodeOptions(keep_dirty="--keep-dirty" in sys.argv,
                       late_after_s=0.0 if "--no-patience" in sys.argv else 15.0,
+                      hung_after_s=1.0 if "--no-patience" in sys.argv else 20.0,
                       keeper=(sys.executable, "-m", "tests.support.fake_keeper"))
 try:
     run_node(settings, options)
@@ -70,11 +71,12 @@ class FakeNode:
     def socket(self) -> Path:
         return self.run_dir / "node.sock"
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, inside: Sequence[str] = ()) -> None:
+        """*inside*: a command that runs what is appended to it, such as unshare(1)."""
         config = self._directory / "settings.json"
         config.write_text(self.settings.model_dump_json())
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN, str(config), *arguments], cwd=_REPOSITORY,
+            [*inside, sys.executable, "-c", _MAIN, str(config), *arguments], cwd=_REPOSITORY,
             env={**os.environ, "FILER_FAKE": str(self.fake)}, stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL, start_new_session=True)
         self._reader = threading.Thread(target=self._read_log, args=(self.process.stderr,))

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import subprocess
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from filer.admin.client import NotRunning, call_sync
 from filer.supervisor.claim import mounts_below
+from tests.support import nfs3
 from tests.support.fake_node import FakeNode
 
 pytestmark = pytest.mark.nfs
@@ -28,6 +30,11 @@ def node_of(tmp_path):
     yield make
     for node in nodes:
         node.clean_up()
+
+
+def nfs_root(node, junction: str) -> bytes:
+    """The handle that a client gets when it mounts *junction*; NfsError if it may not."""
+    return nfs3.mount("127.0.0.1", node.mount_port, junction)
 
 
 def is_alive(pid: int) -> bool:
@@ -148,7 +155,7 @@ def test_a_volume_that_comes_late_is_exported_when_it_serves(node_of):
     (node.fake / "late.late").write_text("go\n")
     node.wait_logged("volumes that came late are exported")
 
-    assert '"/late"' in config.read_text()
+    assert nfs_root(node, "/late")
 
 
 def test_a_volume_that_cannot_start_stops_the_node_with_its_reason(node_of):
@@ -273,3 +280,102 @@ def test_the_nfs_server_dies_with_its_supervisor(node_of):
     os.close(pidfd)
     with pytest.raises(NotRunning):
         node.status()
+
+
+def test_a_node_can_be_stopped_while_it_still_waits_for_its_volume(node_of):
+    node = node_of("shows")
+    os.mkfifo(node.fake / "shows.late")
+    node.start()
+    node.wait_status(lambda s: "shows start" in node.events())
+
+    status = node.status()
+    node.signal(signal.SIGTERM)
+
+    assert (status["phase"], status["health"]) == ("starting", "red")
+    assert node.wait() == 0
+    assert mounts_below(node.run_dir) == []
+
+
+def test_an_nfs_server_that_hangs_is_killed_and_started_again(node_of):
+    node = node_of("shows")
+    node.start("--no-patience")
+    node.wait_serving()
+    hung = node.child("nfs server")["pid"]
+
+    os.kill(hung, signal.SIGSTOP)
+    node.wait_status(lambda s: s["children"][-1]["restarts"] == 1
+                     and s["children"][-1]["state"] == "running")
+
+    assert "it hung" in node.child("nfs server")["last_exit"]
+    assert not is_alive(hung)
+    assert node.nfs_answers()
+
+
+def test_handles_are_the_same_after_the_whole_node_was_restarted(node_of):
+    node = node_of("shows", "plates")
+    node.start()
+    node.wait_serving()
+    before = [nfs_root(node, junction) for junction in ("/shows", "/plates")]
+    node.signal(signal.SIGTERM)
+    assert node.wait() == 0
+
+    node.log.clear()
+    node.start()
+    node.wait_serving()
+
+    assert [nfs_root(node, junction) for junction in ("/shows", "/plates")] == before
+    assert before[0] != before[1]
+
+
+def test_client_rules_decide_who_may_mount_and_how(node_of):
+    def volume(name, *rules):
+        return {"name": name, "core": f"file:///nowhere/{name}", "junction": f"/{name}",
+                "clients": rules}
+
+    everyone = {"clients": "0.0.0.0/0"}
+    node = node_of("open", "ro", "first", "closed", volumes=[
+        volume("open", everyone),
+        volume("ro", {"clients": "127.0.0.0/8", "access": "ro"}, everyone),
+        volume("first", {"clients": "127.0.0.1", "squash": "root", "anonymous_uid": 99},
+               everyone),
+        volume("closed", {"clients": "10.0.0.0/8"}),
+    ])
+    for name in ("open", "ro", "first", "closed"):
+        os.chmod(node.fake / "data" / name, 0o777)
+    node.start()
+    node.wait_serving()
+
+    with nfs3.Nfs3("127.0.0.1", node.port) as client:
+        created = client.create(nfs_root(node, "/open"), "x")
+        assert created.attributes.uid == 0
+        with pytest.raises(nfs3.NfsError, match="ROFS"):
+            client.create(nfs_root(node, "/ro"), "x")
+        squashed = client.create(nfs_root(node, "/first"), "x")
+        assert squashed.attributes.uid == 99
+    with pytest.raises(nfs3.NfsError, match="ACCES"):
+        nfs_root(node, "/closed")
+
+
+OWN_NETWORK = ("unshare", "--net", "--mount", "sh", "-c",
+               "ip link set lo up && mount -t tmpfs none /run && mount -t tmpfs none /var/lib/nfs"
+               " && mkdir /var/lib/nfs/sm /var/lib/nfs/sm.bak && exec \"$@\"", "sh")
+
+
+def test_rpcbind_and_statd_are_started_where_nobody_runs_them_and_stopped_at_the_end(node_of):
+    node = node_of("shows")
+    nfs = node.settings.nfs.model_copy(update={"locks": True})
+    node.settings = node.settings.model_copy(update={"nfs": nfs})
+    node.start(inside=OWN_NETWORK)
+    node.wait_serving()
+
+    children = {c["name"]: c for c in node.status()["children"]}
+    registered = subprocess.run(
+        ["nsenter", "--net", "--mount", f"--target={node.process.pid}", "rpcinfo", "-p"],
+        capture_output=True, text=True, check=True).stdout
+
+    assert children["rpcbind"]["state"] == children["statd"]["state"] == "running"
+    programs = {int(line.split()[0]) for line in registered.splitlines()[1:]}
+    assert {100000, 100003, 100005, 100021, 100024} <= programs  # …, NFS, MOUNT, NLM, statd
+    node.signal(signal.SIGTERM)
+    assert node.wait() == 0
+    assert not any(is_alive(children[name]["pid"]) for name in ("rpcbind", "statd"))
