@@ -1,8 +1,8 @@
 /*
  * What pyfuse3 leaves out of libfuse, added by interposition.
  *
- * This module is loaded with RTLD_GLOBAL before pyfuse3 (see shim.py), so the dynamic linker
- * binds three of pyfuse3's calls to the functions here, which then call libfuse:
+ * This module makes itself global to the dynamic linker and must be imported before pyfuse3 (see
+ * shim.py).  The linker then binds pyfuse3's calls to the functions here, which call libfuse:
  *
  *   fuse_session_new          the operation table is wrapped: handlers that get a file handle
  *                             get the inode in it.  With stateless opens (OPEN and OPENDIR
@@ -17,6 +17,7 @@
  * here is thread-safe, nothing needs to be.
  */
 
+#define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -70,8 +71,14 @@ static struct fuse_session *(*real_session_new)(struct fuse_args *,
 static void (*real_process_buf)(struct fuse_session *, const struct fuse_buf *);
 static void (*real_session_destroy)(struct fuse_session *);
 
-static int find_real_functions(void)
+static int interpose(void)
 {
+	Dl_info self;
+
+	/* Python loads extensions as local; this finds ours again and makes it global. */
+	if (!dladdr((void *)interpose, &self) ||
+	    dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL) == NULL)
+		return -1;
 	/* Not RTLD_NEXT: what comes "next" depends on how the interpreter was started. */
 	void *libfuse = dlopen("libfuse3.so.3", RTLD_LAZY | RTLD_LOCAL);
 	if (libfuse == NULL)
@@ -96,6 +103,8 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	conn->want &= ~FUSE_CAP_ATOMIC_O_TRUNC;
 	/* Requests are read by read(2) below: two system calls fewer for a small one. */
 	conn->want &= ~FUSE_CAP_SPLICE_READ;
+	/* Off by default: the kernel would send one LOOKUP at a time in each directory. */
+	conn->want |= conn->capable & FUSE_CAP_PARALLEL_DIROPS;
 	if (conn->max_write > WRITE_BYTES_MAX)
 		conn->max_write = WRITE_BYTES_MAX;
 	conn->max_readahead = READ_AHEAD_BYTES_MAX;
@@ -272,7 +281,7 @@ static int require_session(void)
 {
 	if (session != NULL)
 		return 0;
-	PyErr_SetString(PyExc_RuntimeError, "there is no FUSE session");
+	PyErr_SetString(PyExc_RuntimeError, "no FUSE session, or pyfuse3 was imported before this module");
 	return -1;
 }
 
@@ -402,7 +411,7 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__fuse_shim(void)
 {
-	if (find_real_functions() < 0) {
+	if (interpose() < 0) {
 		PyErr_Format(PyExc_ImportError, "libfuse3.so.3 cannot be used: %s", dlerror());
 		return NULL;
 	}

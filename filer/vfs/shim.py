@@ -9,21 +9,14 @@ Owns the load order and the process-wide tuning; ``_fuse_shim.c`` says what it i
 
 from __future__ import annotations
 
-import os
 import sys
 
 if "pyfuse3" in sys.modules:
     raise ImportError("filer.vfs.shim must be imported before pyfuse3: the linker binds once")
 
-_flags = sys.getdlopenflags()
-# Global, so that pyfuse3's calls find our functions before libfuse's.
-sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
-try:
-    from filer.vfs import _fuse_shim
-finally:
-    sys.setdlopenflags(_flags)
+from filer.vfs import _fuse_shim
 
-import pyfuse3  # noqa: E402
+import pyfuse3  # isort: skip
 
 MIB = 1 << 20
 
@@ -39,8 +32,7 @@ Valid in a handler up to its first ``await``; later it is some other request's.
 
 def connection_info() -> dict[str, int]:
     """What was agreed with the kernel: capable, want, max_write, max_readahead, max_background."""
-    info: dict[str, int] = _fuse_shim.connection_info()
-    return info
+    return _fuse_shim.connection_info()
 
 
 def tune_malloc() -> None:
