@@ -100,6 +100,13 @@ EXPORT_DEFAULTS {
     Attr_Expiration_Time = 0;
 }
 
+MDCACHE {
+    # Names learned by LOOKUP, in chunks of 128 per directory.  With the default of one chunk a
+    # client that walks a larger directory costs a FUSE request for every LOOKUP, for ever: the
+    # kernel drops a dentry whenever an NFS handle of its inode is used.
+    Detached_Mult = 1000;
+}
+
 LOG {
     Default_Log_Level = EVENT;
 }
