@@ -110,8 +110,6 @@ class _Fetch:
     cause: Cause
     state: _State = _State.QUEUED
     data: Buffer = b""
-    attributes: Attributes | None = None
-    """What the core filer said with the bytes."""
     error: Exception | None = None
     is_void: bool = False
     """The bytes changed since it was asked for: neither keep nor hand out."""
@@ -135,13 +133,20 @@ class _Fetch:
     def is_queued_for(self, cause: Cause) -> bool:
         return self.state is _State.QUEUED and self.cause is cause and not self.is_void
 
-    def result(self, file: CleanFile) -> Buffer:
-        """What it brought, for a caller who knows *file*."""
-        if self.attributes is not None and not self.attributes.version.same_data(file.version):
-            raise Changed(self.attributes)
-        if self.error is not None:
-            raise self.error
-        return self.data
+    def result(self, file: CleanFile) -> Buffer | None:
+        """What it brought, for a caller who knows *file*; ``None``: ask again.
+
+        Bytes are good for every caller who names the same data version: they were those of the
+        version that was asked for, and what changed since would have voided them.  A change that
+        was noticed against another version says nothing about the caller's.
+        """
+        if self.is_void:
+            return None
+        if self.error is None:
+            return self.data
+        if isinstance(self.error, Changed) and not self.file.version.same_data(file.version):
+            return None
+        raise self.error
 
 
 @dataclass(slots=True, eq=False)
@@ -301,9 +306,9 @@ class Reader:
                     return None
             else:
                 await fetch.fetched.wait()
-                if fetch.is_void:
-                    return None
                 part = fetch.result(file)
+                if part is None:
+                    return None
                 if high - low < len(part):
                     part = memoryview(part)[low - fetch.start : high - fetch.start]
             parts.append(part)
@@ -365,9 +370,9 @@ class Reader:
         async def finish_oldest() -> int:
             fetch, is_ours = pending.popleft()
             await fetch.stored.wait()
-            if fetch.is_void:
-                return 0  # the bytes just changed: whoever reads them fetches them
-            return len(fetch.result(file)) if is_ours else 0
+            data = fetch.result(file)
+            # None: the bytes just changed; whoever reads them fetches them.
+            return len(data) if data is not None and is_ours else 0
 
         for low in range(0, limit, WARM_STEP_BYTES):
             if self._pages.degraded:
@@ -394,11 +399,7 @@ class Reader:
                 if cause is Cause.DEMAND and fetch.cause is not cause:
                     fetch.cause = cause
                     self._queues[cause].append(fetch)
-                return fetch
-            if fetch.file.version.same_data(file.version):
-                return fetch
-            # It was asked for under other attributes, which its reply is judged by.
-            self._void(fetch)
+            return fetch
         fetch = self._fetches[file.key, page] = _Fetch(file, page, cause)
         self._queues[cause].append(fetch)
         return fetch
@@ -449,7 +450,6 @@ class Reader:
         self._fetched_counters[fetch.cause].inc(len(data))
         if fetch.is_void:
             return
-        fetch.attributes = attributes
         if not attributes.version.same_data(fetch.file.version):
             self._fail(fetch, Changed(attributes))
             return
@@ -465,6 +465,7 @@ class Reader:
             self._leave_memory(fetch)
             fetch.stored.set()
             return
+        self._displace()
         self._to_store.append(fetch)
         self._store_work.set()
 
@@ -558,9 +559,12 @@ class Reader:
                 else:
                     self._leave_memory(fetch)
                 fetch.stored.set()
-            while self._memory_bytes > MEMORY_BYTES_MAX and self._displaceable:
-                self._leave_memory(next(iter(self._displaceable)))
+            self._displace()
             self._pump()
+
+    def _displace(self) -> None:
+        while self._memory_bytes > MEMORY_BYTES_MAX and self._displaceable:
+            self._leave_memory(next(iter(self._displaceable)))
 
     def _leave_memory(self, fetch: _Fetch) -> None:
         del self._fetches[fetch.key]
