@@ -18,6 +18,9 @@ from filer.settings import ClientRule, NfsSettings, NodeSettings, VolumeSettings
 _LOG_LINE = re.compile(r"\] \S+ :(?P<component>[^:]+) :(?P<level>[A-Z]+) :(?P<text>.*)")
 """date : epoch : host : program-pid[thread] function :COMPONENT :LEVEL :text"""
 
+_NEVER_WHY = ("DBUS", "NFS CB")
+"""D-Bus and Kerberos: Ganesha complains about them at every start."""
+
 _SQUASH = {"none": "No_Root_Squash", "root": "Root_Squash", "all": "All_Squash"}
 
 
@@ -173,12 +176,13 @@ def next_epoch(now_s: int, previous: int) -> int:
 def last_complaint(log_text: str) -> str:
     """Why Ganesha ended, by its log; empty if it does not say.
 
-    D-Bus and Kerberos, which it complains about at every start, are never why.
+    A mistake in the configuration is told in several lines, the first of them precisely;
+    everything else by the last complaint.
     """
-    for line in reversed(log_text.splitlines()):
-        found = _LOG_LINE.search(line)
-        if found and found["level"] in ("FATAL", "MAJ", "CRIT") and (
-            found["component"] not in ("DBUS", "NFS CB")
-        ):
-            return found["text"].strip()
-    return ""
+    complaints = [
+        found["text"].strip() for found in map(_LOG_LINE.search, log_text.splitlines())
+        if found and found["level"] in ("FATAL", "MAJ", "CRIT")
+        and found["component"] not in _NEVER_WHY and not found["text"].startswith("Fatal errors")
+    ]
+    about_configuration = [text for text in complaints if text.startswith("Config File")]
+    return (about_configuration[:1] or complaints[-1:] or [""])[0]

@@ -144,6 +144,18 @@ LOG = """\
 """  # noqa: E501
 
 
+BAD_CONFIG = """\
+… : vm : ganesha.nfsd-31337[main] main :NFS STARTUP :CRIT :Error setting parameters.
+… : vm : ganesha.nfsd-31337[main] config_errs_to_log :CONFIG :CRIT :Config File (x:3): No IP address
+… : vm : ganesha.nfsd-31337[main] config_errs_to_log :CONFIG :CRIT :Config File (x:1): 1 errors
+… : vm : ganesha.nfsd-31337[main] main :NFS STARTUP :FATAL :Fatal errors.  Server exiting...
+"""
+
+
+def test_of_a_bad_configuration_the_precise_line_is_taken():
+    assert ganesha.last_complaint(BAD_CONFIG) == "Config File (x:3): No IP address"
+
+
 def test_the_reason_of_an_end_is_taken_from_ganeshas_log():
     assert ganesha.last_complaint(LOG) == "Cannot register NFS V3 on TCP"
     assert ganesha.last_complaint("") == ""

@@ -356,9 +356,11 @@ def test_client_rules_decide_who_may_mount_and_how(node_of):
         nfs_root(node, "/closed")
 
 
-OWN_NETWORK = ("unshare", "--net", "--mount", "sh", "-c",
-               "ip link set lo up && mount -t tmpfs none /run && mount -t tmpfs none /var/lib/nfs"
-               " && mkdir /var/lib/nfs/sm /var/lib/nfs/sm.bak && exec \"$@\"", "sh")
+OWN_NETWORK = ("unshare", "--net", "--mount", "sh", "-c", """
+    ip link set lo up && ip address add 192.0.2.1/24 dev lo  # an address that is not loopback:
+    mount -t tmpfs none /run && mount -t tmpfs none /var/lib/nfs  # else none counts as configured
+    mkdir /var/lib/nfs/sm /var/lib/nfs/sm.bak && exec "$@"
+    """, "sh")
 
 
 def test_rpcbind_and_statd_are_started_where_nobody_runs_them_and_stopped_at_the_end(node_of):
