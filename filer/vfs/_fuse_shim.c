@@ -103,8 +103,6 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	conn->want &= ~FUSE_CAP_ATOMIC_O_TRUNC;
 	/* Requests are read by read(2) below: two system calls fewer for a small one. */
 	conn->want &= ~FUSE_CAP_SPLICE_READ;
-	/* Off by default: the kernel would send one LOOKUP at a time in each directory. */
-	conn->want |= conn->capable & FUSE_CAP_PARALLEL_DIROPS;
 	if (conn->max_write > WRITE_BYTES_MAX)
 		conn->max_write = WRITE_BYTES_MAX;
 	conn->max_readahead = READ_AHEAD_BYTES_MAX;
@@ -336,8 +334,7 @@ static PyObject *receive(PyObject *self, PyObject *argument)
 
 PyDoc_STRVAR(process_init_doc,
 "process_init(request)\n\n"
-"Let the session process this FUSE_INIT request, as if it had been received.  The kernel takes\n"
-"the first answer to it and ignores later ones, so every server of a mount may answer.");
+"Let the session process this FUSE_INIT request, as if it had been received.");
 
 static PyObject *process_init(PyObject *self, PyObject *argument)
 {

@@ -20,15 +20,16 @@ one now) or the old one back at its place (it goes idle again).
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import struct
 import time
 from typing import Any
 
 import trio
 
 from filer.fuse_connection import Handover
-from filer.vfs import _fuse_shim
-from filer.vfs.shim import pyfuse3
+from filer.vfs.shim import process_init, pyfuse3, receive
 
 HANDLERS_AT_ONCE_MAX = 2000
 """Requests beyond wait in the kernel, also those that would be answered from memory.
@@ -45,6 +46,12 @@ _SPIN_US = 50
 An NFS server that was just answered asks again within this time; going to sleep in epoll and
 coming back costs half as much CPU as a whole request.  Only when no handler is waiting.
 """
+
+
+# <linux/fuse.h>: fuse_out_header and fuse_init_out; fuse_in_header and fuse_init_in.
+_INIT_ANSWER = struct.Struct("<IiQ IIII")
+_INIT_REQUEST_FLAGS_AT = 40 + 12
+_PARALLEL_DIROPS = 1 << 18
 
 
 class KeptMount:
@@ -82,9 +89,19 @@ class FuseSession:
 
     def __init__(self, operations: pyfuse3.Operations, mount: KeptMount) -> None:
         self._mount = mount
-        # The mount options are the keeper's affair.
-        pyfuse3.init(operations, f"/dev/fd/{mount.fuse_fd}", set())
-        self._loop = RequestLoop(mount.fuse_fd)
+        # libfuse answers FUSE_INIT into a socket, which then becomes the real thing: its answer
+        # lacks something, and the kernel wants to hear the first server only.
+        answers, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with answers:
+            fd = session.detach()  # libfuse's from here on
+            # The mount options are the keeper's affair.
+            pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+            process_init(mount.init_request)
+            self._init_answer = _with_parallel_lookups(answers.recv(1 << 12), mount.init_request)
+        os.dup2(mount.fuse_fd, fd, inheritable=False)
+        os.close(mount.fuse_fd)
+        self._fd = fd
+        self._loop = RequestLoop(fd)
 
     @property
     def handler_count(self) -> int:
@@ -96,7 +113,8 @@ class FuseSession:
     ) -> None:
         """Answer requests until ``stop()`` or until the mount is gone."""
         pyfuse3._wait_fuse_readable = self._loop.wait_request  # type: ignore[attr-defined]
-        _fuse_shim.process_init(self._mount.init_request)
+        with contextlib.suppress(FileNotFoundError):  # a predecessor has answered
+            os.write(self._fd, self._init_answer)
         self._mount.tell_ready()
         task_status.started()
         await self._loop.run()
@@ -108,6 +126,18 @@ class FuseSession:
     def close(self) -> None:
         """Give the session back to libfuse; the mount stays.  Stop notifying the kernel first."""
         pyfuse3.close(unmount=False)
+
+
+def _with_parallel_lookups(answer: bytes, request: bytes) -> bytes:
+    """libfuse 3.14 forgets this flag; without, a directory gets one LOOKUP at a time."""
+    _, error, _, _, _, _, flags = _INIT_ANSWER.unpack_from(answer)
+    if error:
+        raise OSError(-error, f"libfuse refused FUSE_INIT: {os.strerror(-error)}")
+    (offered,) = struct.unpack_from("<I", request, _INIT_REQUEST_FLAGS_AT)
+    flags |= offered & _PARALLEL_DIROPS
+    patched = bytearray(answer)
+    struct.pack_into("<I", patched, _INIT_ANSWER.size - 4, flags)
+    return bytes(patched)
 
 
 class RequestLoop:
@@ -178,7 +208,7 @@ class RequestLoop:
                 await trio.lowlevel.checkpoint()
                 self._slice_end_s = time.monotonic() + _SLICE_S
                 continue
-            received = _fuse_shim.receive(_SPIN_US if self.handler_count == 0 else 0)
+            received = receive(_SPIN_US if self.handler_count == 0 else 0)
             if received > 0:
                 return True
             if received < 0:

@@ -29,6 +29,10 @@ current_unique = _fuse_shim.current_unique
 Valid in a handler up to its first ``await``; later it is some other request's.
 """
 
+receive = _fuse_shim.receive
+process_init = _fuse_shim.process_init
+"""Both for ``session.py``; see their docstrings."""
+
 
 def connection_info() -> dict[str, int]:
     """What was agreed with the kernel: capable, want, max_write, max_readahead, max_background."""
@@ -44,4 +48,7 @@ def tune_malloc() -> None:
     _fuse_shim.tune_malloc(8 * MIB, 64 * MIB)
 
 
-__all__ = ["UNIQUE_RESEND", "connection_info", "current_unique", "pyfuse3", "tune_malloc"]
+__all__ = [
+    "UNIQUE_RESEND", "connection_info", "current_unique", "process_init", "pyfuse3", "receive",
+    "tune_malloc",
+]
