@@ -88,7 +88,7 @@ async def open_volume(
     volume = Volume()
     volume.settings, volume.policy, volume.kernel = settings, settings.effective_policy, kernel
     async with open_core_filer(
-        settings.core, random=random,
+        settings.core, connections=settings.connections, random=random,
     ) as core, trio.open_nursery() as background:
         volume.core = core
         volume.store = store = NameStore(directory / "names")

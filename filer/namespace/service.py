@@ -538,6 +538,9 @@ class Namespace:
         inode = self.table.find(inode_id)
         if inode is not None:
             await self._discard(inode)
+            # Before the core filer may give its file id to a new file.
+            inode.is_orphan = False
+            self.table.gone(inode)
         try:
             if self._orphans_handle is None:
                 found = await self._core.lookup(self.table.root.handle, ORPHANS)
@@ -550,9 +553,6 @@ class Namespace:
             log.warning("an unlinked file could not be removed", name=name, reason=str(exc))
             return
         self._store.forget_orphan(inode_id)
-        if inode is not None:
-            inode.is_orphan = False
-            self.table.gone(inode)
 
     # -- mechanism ---------------------------------------------------------------------------
 

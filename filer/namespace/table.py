@@ -6,12 +6,14 @@ crossed a change of our own are not believed.  Does not own names (``service.py`
 
 from __future__ import annotations
 
+import errno
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
 
 import trio
+import xxhash
 
 from filer.core_filer.base import Attributes, Found, Handle
 from filer.errors import Refused
@@ -115,7 +117,8 @@ class InodeTable:
     ) -> Inode:
         """The inode behind an answer of the core filer that was asked for at clock *asked_at*.
 
-        A file id that comes with another handle than before was reused: a new generation.
+        A file id that comes with another handle than before was reused: it is another inode,
+        and its generation is another one too.
         """
         inode_id = self.inode_id(told)
         known = self.find(inode_id)
@@ -124,14 +127,12 @@ class InodeTable:
                 known.parent = parent
             self.observe(known, told, asked_at)
             return known
-        generation = 0
         if known is not None:
-            generation = known.generation + 1
             self._changed(known, Change.DATA)
             del self._alive[inode_id]
         inode = Inode(
-            InodeRecord(inode_id, generation, parent, handle, told, told.version,
-                        self.new_data_version()),
+            InodeRecord(inode_id, _generation(inode_id, handle), parent, handle, told,
+                        told.version, self.new_data_version()),
             verified_at=trio.current_time(),
         )
         self._remember(inode)
@@ -205,10 +206,11 @@ class InodeTable:
     def gone(self, inode: Inode) -> None:
         """The core filer has no such inode any more."""
         self._changed(inode, Change.DATA)
-        self._store.forget_inode(inode.id)
-        self._recent.pop(inode.id, None)
-        self._alive.pop(inode.id, None)
         inode.verified_at = NEVER
+        if self._alive.get(inode.id) is inode:  # else its file id belongs to another file by now
+            self._store.forget_inode(inode.id)
+            self._recent.pop(inode.id, None)
+            self._alive.pop(inode.id, None)
 
     # -- mechanism ---------------------------------------------------------------------------
 
@@ -234,7 +236,16 @@ class InodeTable:
                 return
 
 
-def _stale(inode: InodeId) -> Refused:
-    import errno
+def _generation(inode: InodeId, handle: Handle) -> int:
+    """Tells one user of a file id from the next, in NFS handles too.
 
+    Derived from the core filer's handle, which differs for every inode that ever was: so it
+    needs no memory of removed files, and is the same on every node.
+    """
+    if inode == ROOT_INODE:
+        return 0  # as the kernel has it
+    return 1 + xxhash.xxh3_64_intdigest(handle) % 0x7FFFFFFF
+
+
+def _stale(inode: InodeId) -> Refused:
     return Refused(errno.ESTALE, f"inode {inode} is not known (any more)")

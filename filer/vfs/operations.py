@@ -162,13 +162,15 @@ class Operations(pyfuse3.Operations):
                 return
         for cookie, name, inode_id in names.since(start_id):
             inode = table.find(inode_id)
-            if inode is None:
-                continue  # removed behind us since it was listed
+            if inode is None:  # replaced behind us since it was listed, perhaps
+                inode = await self._namespace.lookup_again(directory, name)
+                if inode is None:
+                    continue
             inode.name = name
             entry = self._encode(inode, self._namespace.valid_for_s(directory))
             if not pyfuse3.readdir_reply(token, name, entry, cookie):
                 return
-            self._counts.increment(inode_id)
+            self._counts.increment(inode.id)
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
