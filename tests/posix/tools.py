@@ -7,6 +7,8 @@ import errno
 import os
 import pickle
 import random
+import select
+import signal
 import stat
 import struct
 import traceback
@@ -109,9 +111,17 @@ class Child:
             _run_and_exit(function, write_fd)
         os.close(write_fd)
 
+    def fileno(self) -> int:
+        """Readable once the function has ended."""
+        return self._read_fd
+
     def result(self) -> object:
-        with os.fdopen(self._read_fd, "rb") as pipe:
-            answer = pipe.read()
+        try:
+            with os.fdopen(self._read_fd, "rb") as pipe:
+                answer = pipe.read()
+        except BaseException:
+            self.kill()
+            raise
         _, status = os.waitpid(self.pid, 0)
         if not answer:
             raise AssertionError(f"the child process died, wait status {status:#x}")
@@ -120,6 +130,10 @@ class Child:
             error.add_note(f"in the child process:\n{trace}")
             raise error
         return value
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 def _run_and_exit(function: Callable[[], object], write_fd: int) -> None:
@@ -138,18 +152,24 @@ def _run_and_exit(function: Callable[[], object], write_fd: int) -> None:
 
 
 def in_processes(*functions: Callable[[], object]) -> list[object]:
-    """Run each function in its own process, all at once; their results in order."""
+    """Run each function in its own process, all at once; their results in order.
+
+    The first failure ends the others: they may wait for what will never come.
+    """
     children = [Child(function) for function in functions]
-    results: list[object] = []
-    failures: list[BaseException] = []
-    for child in children:
-        try:
-            results.append(child.result())
-        except BaseException as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-    return results
+    results: dict[Child, object] = {}
+    running = list(children)
+    try:
+        while running:
+            ready, _, _ = select.select(running, [], [])
+            for child in ready:
+                running.remove(child)
+                results[child] = child.result()
+    finally:
+        for child in running:
+            child.kill()
+            os.close(child.fileno())
+    return [results[child] for child in children]
 
 
 def as_user(
