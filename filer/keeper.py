@@ -214,7 +214,9 @@ class Keeper:
                     if not self._copy_stderr(fd):
                         poll.unregister(fd)
                 elif fd == self._handover.fileno():
-                    self._is_ready = self._handover.recv(64) == Handover.READY
+                    # A reset: it died before it read what we sent.
+                    with contextlib.suppress(ConnectionResetError):
+                        self._is_ready = self._handover.recv(64) == Handover.READY
                     if self._is_ready and not sent:
                         self._enter("running")
                     poll.unregister(fd)

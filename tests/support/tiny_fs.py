@@ -4,18 +4,21 @@ Stateless opens, as the real one.  Tests stop a handler at a *gate* (``hold``), 
 (``requests``), change state behind the kernel's back, and have the lookup counts kept as the
 real handlers keep them.
 
-As a program (``python -m tests.support.tiny_fs``) it is a volume server for the keeper; its state
-is then a file of its own, so that it outlives the process as a core filer would.
+With a log of changes its state outlives the process, as a core filer would: see
+``tiny_server.py``.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -38,6 +41,10 @@ class Node:
     gid: int = 0
 
 
+def _json_bytes(value: bytes) -> dict[str, str]:
+    return {"hex": value.hex()}
+
+
 class Gate:
     """Where a handler waits until the test lets it go on."""
 
@@ -57,9 +64,59 @@ class TinyFs(pyfuse3.Operations):
         self.requests: Counter[str] = Counter()
         self.uniques: dict[tuple[str, bytes], int] = {}
         self.negative_timeout_s = 0.0
+        self.log_fd: int | None = None
         self._ids = itertools.count(2)
         self._clock_ns = itertools.count(10**18)
         self._gates: dict[tuple[str, object], Gate] = {}
+
+    # -- state: changed by apply() only, so that a log of changes can be replayed ------------------
+
+    def change(self, *change: Any) -> Any:
+        """Log the change, then apply it; the log survives us."""
+        if self.log_fd is not None:
+            os.write(self.log_fd, json.dumps(change, default=_json_bytes).encode() + b"\n")
+        return self._apply(*change)
+
+    def replay(self, path: Path) -> None:
+        """Take the state from the log at *path*, and continue it."""
+        self.log_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        for line in path.read_text().splitlines():
+            operation, *arguments = json.loads(line)
+            self._apply(operation, *(
+                bytes.fromhex(a["hex"]) if isinstance(a, dict) else a for a in arguments
+            ))
+
+    def _apply(self, operation: str, *arguments: Any) -> Any:
+        return getattr(self, f"_apply_{operation}")(*arguments)
+
+    def _apply_make(self, parent: int, name: bytes, mode: int, data: bytes) -> Node:
+        node = Node(next(self._ids), mode, next(self._clock_ns), data)
+        self.nodes[node.id] = node
+        self.nodes[parent].names[name] = node.id
+        self.touch(self.nodes[parent])
+        return node
+
+    def _apply_unlink(self, parent: int, name: bytes) -> None:
+        del self.nodes[parent].names[name]
+        self.touch(self.nodes[parent])
+
+    def _apply_rename(self, old: int, name_old: bytes, new: int, name_new: bytes) -> None:
+        self.nodes[new].names[name_new] = self.nodes[old].names.pop(name_old)
+        self.touch(self.nodes[old])
+        self.touch(self.nodes[new])
+
+    def _apply_setattr(self, inode: int, size: int | None, mode: int | None) -> None:
+        node = self.nodes[inode]
+        if size is not None:
+            node.data = node.data[:size].ljust(size, b"\0")
+        if mode is not None:
+            node.mode = mode
+        self.touch(node)
+
+    def _apply_write(self, inode: int, start: int, data: bytes) -> None:
+        node = self.nodes[inode]
+        node.data = node.data[:start].ljust(start, b"\0") + data + node.data[start + len(data) :]
+        self.touch(node)
 
     # -- for tests -------------------------------------------------------------------------------
 
@@ -85,11 +142,8 @@ class TinyFs(pyfuse3.Operations):
         directory = self._directory(parent)
         if name in directory.names:
             raise pyfuse3.FUSEError(errno.EEXIST)
-        node = Node(next(self._ids), mode, next(self._clock_ns), data)
-        self.nodes[node.id] = node
-        directory.names[name] = node.id
-        self.touch(directory)
-        return node
+        made: Node = self.change("make", parent, name, mode, data)
+        return made
 
     # -- handlers --------------------------------------------------------------------------------
 
@@ -161,11 +215,10 @@ class TinyFs(pyfuse3.Operations):
         assert fh is None or fh == inode
         await self._arrive("setattr", inode)
         node = self._node(inode)
-        if fields.update_size:
-            node.data = node.data[: attr.st_size].ljust(attr.st_size, b"\0")
-        if fields.update_mode:
-            node.mode = attr.st_mode
-        self.touch(node)
+        self.change(
+            "setattr", inode, attr.st_size if fields.update_size else None,
+            attr.st_mode if fields.update_mode else None,
+        )
         return self._attributes(node)
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -193,9 +246,9 @@ class TinyFs(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._arrive("unlink", name)
         directory = self._directory(parent_inode)
-        if directory.names.pop(name, None) is None:
+        if name not in directory.names:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        self.touch(directory)
+        self.change("unlink", parent_inode, name)
 
     rmdir = unlink
 
@@ -204,12 +257,10 @@ class TinyFs(pyfuse3.Operations):
         flags: int, ctx: pyfuse3.RequestContext,
     ) -> None:
         await self._arrive("rename", name_old)
-        old, new = self._directory(parent_inode_old), self._directory(parent_inode_new)
-        if name_old not in old.names:
+        self._directory(parent_inode_new)
+        if name_old not in self._directory(parent_inode_old).names:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        new.names[name_new] = old.names.pop(name_old)
-        self.touch(old)
-        self.touch(new)
+        self.change("rename", parent_inode_old, name_old, parent_inode_new, name_new)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         await self._arrive("read", fh)
@@ -217,9 +268,8 @@ class TinyFs(pyfuse3.Operations):
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         await self._arrive("write", fh)
-        node = self._node(fh)
-        node.data = node.data[:off].ljust(off, b"\0") + buf + node.data[off + len(buf) :]
-        self.touch(node)
+        self._node(fh)
+        self.change("write", fh, off, buf)
         return len(buf)
 
     async def fsync(self, fh: int, datasync: bool) -> None:

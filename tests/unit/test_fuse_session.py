@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from filer.fuse_connection import remove_mounts
+from filer.vfs.session import FuseSession
 from filer.vfs.shim import connection_info, current_unique
-from tests.support.fuse_mount import in_thread, served
+from tests.support.fuse_mount import handed_over, in_thread, mounted, served
 from tests.support.tiny_fs import TinyFs
 
 pytestmark = pytest.mark.fuse
@@ -151,7 +153,7 @@ async def test_other_tasks_run_between_requests_that_never_wait(tmp_path):
             nursery.start_soon(in_thread, hammer)
         # Each turn of this task needs the reader to give way once.
         for _ in range(200):
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         for _ in range(20):
             await trio.sleep(0.001)
         stop.set()
@@ -160,17 +162,18 @@ async def test_other_tasks_run_between_requests_that_never_wait(tmp_path):
 
 
 async def test_stop_lets_handlers_finish_and_leaves_new_requests_to_the_next_server(tmp_path):
-    from filer.vfs.session import FuseSession
-    from tests.support.fuse_mount import handed_over, mounted
-
     fs = TinyFs()
     fs.make(1, b"held", 0o100644, b"12")
     fs.make(1, b"later", 0o100644, b"123")
     held = fs.hold("lookup", b"held")
     sizes: dict[str, int] = {}
 
+    later_is_answered = trio.Event()
+
     async def size(name: str) -> None:
         sizes[name] = (await in_thread(os.stat, tmp_path / "m" / name)).st_size
+        if name == "later":
+            later_is_answered.set()
 
     with mounted(tmp_path / "m") as connection:
         first = FuseSession(fs, handed_over(connection))
@@ -191,8 +194,7 @@ async def test_stop_lets_handlers_finish_and_leaves_new_requests_to_the_next_ser
             async with trio.open_nursery() as servers:
                 await servers.start(second.run)
                 with trio.fail_after(20):
-                    while len(sizes) < 2:
-                        await trio.sleep(0.01)
+                    await later_is_answered.wait()
                 second.stop()
             second.close()
 
@@ -200,10 +202,6 @@ async def test_stop_lets_handlers_finish_and_leaves_new_requests_to_the_next_ser
 
 
 async def test_the_session_ends_when_the_mount_is_removed(tmp_path):
-    from filer.fuse_connection import remove_mounts
-    from filer.vfs.session import FuseSession
-    from tests.support.fuse_mount import handed_over, mounted
-
     with mounted(tmp_path / "m") as connection:
         session = FuseSession(TinyFs(), handed_over(connection))
         async with trio.open_nursery() as nursery:
