@@ -26,6 +26,7 @@ import trio
 
 from filer import metrics
 from filer.cache.layout import PAGE_BYTES, FileKey
+from filer.cache.pacing import Pacing
 from filer.cache.pages import Buffer, PageStore
 from filer.cache.read_ahead import ReadAhead
 from filer.core_filer.base import Attributes, CoreFiler, CoreVersion, Handle
@@ -178,6 +179,8 @@ class Reader:
         self._fetches: dict[tuple[FileKey, int], _Fetch] = {}
         """Queued, running, and fetched but not yet on the SSD."""
         self._queues: dict[Cause, deque[_Fetch]] = {cause: deque() for cause in Cause}
+        self._dispatch_work = trio.Event()
+        self._pacing = Pacing()
         self._in_flight_bytes = self._memory_bytes = 0
         self._to_store: deque[_Fetch] = deque()
         self._store_work = trio.Event()
@@ -208,11 +211,11 @@ class Reader:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                nursery.start_soon(self._dispatch, nursery)
                 for _ in range(STORE_WORKERS):
                     nursery.start_soon(self._store)
                 nursery.start_soon(self._pages.run)
                 task_status.started()
-                self._pump()
         finally:
             self._nursery = None
 
@@ -239,8 +242,9 @@ class Reader:
             return b""
         key = file.key
         pages = range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1)
+        # What the client waits for is asked for first, and in the same step what lies ahead.
+        was_hit = not self._demand(file, pages, start, end)
         self._look_ahead(file, start, end)
-        was_hit = True
         while True:
             if not any((key, page) in self._fetches for page in pages):
                 data = await self._pages.read(key, start, end)
@@ -279,7 +283,7 @@ class Reader:
 
         Returns: whether some bytes are neither on the SSD nor in memory.
         """
-        missing = set(self._pages.missing(file.key, start, end))
+        missing = self._pages.missing(file.key, start, end)
         must_wait = False
         for page in pages:
             key = (file.key, page)
@@ -289,7 +293,8 @@ class Reader:
                 self._read_ahead.on_lost(file.inode)
             fetch = self._want(file, page, Cause.DEMAND)
             must_wait |= fetch.state is not _State.FETCHED
-        self._pump()
+        if must_wait:
+            self._dispatch_work.set()
         return must_wait
 
     async def _gather(
@@ -335,7 +340,7 @@ class Reader:
                 if (file.key, page) not in self._fetches:
                     self._want(file, page, Cause.READ_AHEAD)
         if ranges:
-            self._pump()
+            self._dispatch_work.set()
         if start == 0:
             self._follow_sequence(file)
 
@@ -380,7 +385,7 @@ class Reader:
             for page in self._pages.missing(file.key, low, min(low + WARM_STEP_BYTES, limit)):
                 is_ours = (file.key, page) not in self._fetches
                 pending.append((self._want(file, page, cause), is_ours))
-                self._pump()
+                self._dispatch_work.set()
                 if len(pending) >= WARM_FETCHES_MAX:
                     fetched += await finish_oldest()
         while pending:
@@ -404,19 +409,26 @@ class Reader:
         self._queues[cause].append(fetch)
         return fetch
 
-    def _pump(self) -> None:
-        """Start queued fetches as far as the bytes in flight allow."""
-        while self._nursery is not None:
+    async def _dispatch(self, nursery: trio.Nursery) -> None:
+        """Start queued fetches as far as the bytes in flight allow.
+
+        One per scheduling round: trio shuffles tasks that become runnable together, and pages
+        should be asked for in the order in which they will be read.
+        """
+        while True:
             fetch = self._next_queued()
             if fetch is None:
-                return
-            fetch.state = _State.RUNNING
-            self._in_flight_bytes += fetch.end - fetch.start
-            self._nursery.start_soon(self._fetch, fetch)
+                self._dispatch_work = trio.Event()
+                await self._dispatch_work.wait()
+            else:
+                fetch.state = _State.RUNNING
+                self._in_flight_bytes += fetch.end - fetch.start
+                nursery.start_soon(self._fetch, fetch)
+                await trio.lowlevel.checkpoint()
 
     def _next_queued(self) -> _Fetch | None:
         limit = self._settings.in_flight_bytes_max
-        ahead_limit = limit - limit // DEMAND_SHARE
+        ahead_limit = min(limit - limit // DEMAND_SHARE, self._pacing.in_flight_bytes_wanted)
         if self._memory_bytes - self._displaceable_bytes >= MEMORY_BYTES_MAX:
             ahead_limit = 0  # the SSD does not keep up
         for cause, queue in self._queues.items():
@@ -429,6 +441,7 @@ class Reader:
 
     async def _fetch(self, fetch: _Fetch) -> None:
         count = fetch.end - fetch.start
+        sent = self._pacing.on_sent(trio.current_time())
         try:
             data, attributes = await self._read_core(fetch.file, fetch.start, fetch.end)
         except trio.Cancelled:
@@ -440,10 +453,11 @@ class Reader:
                 log.exception("fetch failed", inode=fetch.file.inode, page=fetch.page)
             self._fail(fetch, error)
         else:
+            self._pacing.on_received(sent, len(data), trio.current_time())
             self._succeed(fetch, data, attributes)
         finally:
             self._in_flight_bytes -= count
-        self._pump()
+        self._dispatch_work.set()
 
     def _succeed(self, fetch: _Fetch, data: Buffer, attributes: Attributes) -> None:
         self._fetched_bytes[fetch.cause] += len(data)
@@ -560,7 +574,7 @@ class Reader:
                     self._leave_memory(fetch)
                 fetch.stored.set()
             self._displace()
-            self._pump()
+            self._dispatch_work.set()
 
     def _displace(self) -> None:
         while self._memory_bytes > MEMORY_BYTES_MAX and self._displaceable:
