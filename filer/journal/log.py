@@ -119,6 +119,8 @@ class Log:
         self._queue: list[_Pending] = []
         self._is_writing = False
         self._sync_round: trio.Event | None = None
+        self._leftover: list[str] = []
+        """Names of forgotten segments that are still on the disk, newest first."""
         self._pins: Counter[int] = Counter()
         self._trimming = trio.Lock()
 
@@ -299,6 +301,7 @@ class Log:
         return active
 
     async def _begin_segment(self) -> _Segment:
+        await self._remove_leftover()
         first = max(self._end, FIRST_LSN)
         file = await self._disk.create(segment_name(first))
         segment = _Segment(first, file, first, first, first)
@@ -470,23 +473,31 @@ class Log:
                     raise JournalUnavailable("write-behind log, trim", error) from error
 
     async def empty(self, is_unneeded: Callable[[], bool]) -> bool:
-        """Remove all segments that exist now, newest first; True if that was possible.
+        """Forget all segments that exist now; True if that was possible.
 
         For a log that cannot record that it is not needed.  Newest first, because what a crash
-        in between leaves must be a beginning of the log.
+        in between leaves must be a beginning of the log.  What the disk refuses to remove is
+        forgotten nevertheless, and removed before the log is used again: should the machine
+        restart before that, the old records come back.
         """
         async with self._trimming:
             if self._active is not None or self._pins or self._is_writing or not is_unneeded():
                 return False
+            while self._segments:
+                newest = self._segments.pop()
+                newest.file.close()
+                self._leftover.append(segment_name(newest.first))
             try:
-                while self._segments:
-                    newest = self._segments.pop()
-                    newest.file.close()
-                    await self._disk.remove(segment_name(newest.first))
-                    await self._disk.sync_directory()
+                await self._remove_leftover()
             except OSError as error:
-                raise JournalUnavailable("write-behind log, removal", error) from error
+                _log.error("cannot remove the write-behind log", error=str(error))
             return True
+
+    async def _remove_leftover(self) -> None:
+        while self._leftover:
+            await self._disk.remove(self._leftover[0])
+            await self._disk.sync_directory()
+            del self._leftover[0]
 
     async def _sync_others(self) -> None:
         try:

@@ -129,10 +129,6 @@ class FlushPlan:
     mtime_ns: int
 
     @property
-    def changes_data(self) -> bool:
-        return bool(self.extents) or self.size != self.base.version.size or self.is_truncated
-
-    @property
     def is_truncated(self) -> bool:
         """Whether clean bytes were cut off, even if the file grew again afterwards."""
         return self.clean_limit < self.base.version.size
@@ -150,16 +146,12 @@ class Verdict(enum.Enum):
 def guard(file: DirtyFile, seen: CoreVersion | None) -> Verdict:
     """May a flush of *file* change the core filer's file, which is in version *seen* now?
 
-    ``None`` is a file that is gone.  A version that is not the base is accepted where it is our
-    own doing: after an earlier flush that did not complete (its mtime is any), or when only
-    times were to be set and they have been.  Between such a flush and its repetition a change by
-    somebody else is not noticed.
+    ``None`` is a file that is gone.  After an earlier flush that did not complete any version is
+    taken for our own doing: between the two a change by somebody else is not noticed.
     """
     if seen is None:
         return Verdict.CONFLICT
     if file.flush_begun is not None or seen.same_data(file.base.version):
-        return Verdict.PROCEED
-    if (seen.mtime_ns, seen.size) == (file.mtime_ns, file.size):
         return Verdict.PROCEED
     return Verdict.CONFLICT
 

@@ -136,8 +136,7 @@ class Flusher:
                 return await self._keep_both(file, seen)
             assert seen is not None
             plan, is_logged = await self._store.begin_flush(file)
-        if plan.changes_data:
-            await self._store.sync_if_possible()
+        await self._store.sync_if_possible()
         try:
             final = await self._transfer(plan, seen)
         except Trimmed:
@@ -174,8 +173,12 @@ class Flusher:
             return await self._keep_both(file, None)
 
     async def _rebase(self, file: DirtyFile, turn: Turn) -> None:
-        """A flush failed part way: learn the version it left, so that the guard works again."""
+        """A flush failed part way: learn the version it left, so that the guard works again.
+
+        COMMIT first: a restart of the core filer could bring an older version back.
+        """
         try:
+            await self._core.commit(file.base.handle)
             seen = await self._core.getattr(file.base.handle)
         except Refused:
             return

@@ -164,6 +164,9 @@ class WriteBehind:
             assert file.dirtied_at_ns is not None
             file.oldest_dirty_at = now - max(0, wall_now_ns - file.dirtied_at_ns) / 1e9
             service._schedule.dirtied(file.inode, file.oldest_dirty_at)
+            if service._is_flushed:
+                # Not when due: the sooner the guard sees what the crash has left, the better.
+                service._schedule.force(file.inode)
         return service
 
     # --- what is dirty --------------------------------------------------------------------
@@ -259,11 +262,7 @@ class WriteBehind:
                     return True
         if not self._is_flushed:
             raise Refused(self._degraded_errno, "the write-behind log is out of use")
-        # Older changes of the inode first, and out of reach of a recovery.
-        inode = change.known.inode
-        await self._make_clean(inode)
-        while self._degraded and self._store.is_unretired(inode):
-            await self._change.wait()
+        await self._make_clean(change.known.inode)
         return False
 
     async def _append(self, change: _Change) -> bool:
@@ -294,9 +293,7 @@ class WriteBehind:
             self._kick.set()
 
     def _may_pass_through(self, inode: InodeId) -> bool:
-        return (
-            bool(self._degraded) and self._store.files.get(inode) is None
-            and not self._store.is_unretired(inode))
+        return bool(self._degraded) and self._store.files.get(inode) is None
 
     def _raise_refusal(self, inode: InodeId) -> None:
         if inode in self._errors:
@@ -354,6 +351,11 @@ class WriteBehind:
         finally:
             for inode, _, waiter in waiting:
                 self._stop_waiting(inode, waiter)
+        if inodes is None:
+            await self._wait_out_of_reach(None)
+        for inode in wanted if inodes is not None else ():
+            if inode not in errors:
+                await self._wait_out_of_reach(inode)
         return FlushReport(done_files, done_bytes, errors)
 
     async def drain(self) -> FlushReport:
@@ -368,6 +370,15 @@ class WriteBehind:
                     return FlushReport(files, bytes_, report.errors)
         finally:
             self._drainers -= 1
+
+    async def _wait_out_of_reach(self, inode: InodeId | None) -> None:
+        """A log out of use must not bring back what the core filer has newer."""
+        while self._degraded:
+            change = self._change
+            if await self._store.is_out_of_reach(inode):
+                return
+            self._trim.set()
+            await change.wait()
 
     async def _make_clean(self, inode: InodeId | None) -> None:
         report = await self.flush(None if inode is None else [inode])
@@ -533,6 +544,7 @@ class WriteBehind:
                 await self._store.retire()
             except (JournalUnavailable, OSError) as error:
                 self._degraded = str(error)
+                self._changed()
                 continue
             _log.info("the write-behind log is in use again")
             self._degraded = ""

@@ -4,9 +4,10 @@ Owns the order of changes to one inode (a lock each), reading dirty bytes back, 
 to the state when the log refuses.  Does not own flushing nor what clients are told.
 
 **Unretired inodes.**  When the log refuses the Flushed of an inode, the core filer has the bytes
-but a recovery would flush them again.  That is harmless until the core filer's file gets newer
-bytes by another way than the log; so while an inode is unretired nobody may write it through.
-It is retired by a later Base or Discarded in the log, or when the log has been emptied.
+but a recovery would flush them, or what of them was stable, again.  That is harmless until the
+core filer's file gets newer bytes by another way than a stable log; until then nobody may write
+it through, nor be told that it is flushed.  It is retired by a later Base or Discarded in the
+log, or when the log has been emptied.
 """
 
 from __future__ import annotations
@@ -153,8 +154,18 @@ class DirtyStore:
         except JournalUnavailable:
             return
 
-    def is_unretired(self, inode: InodeId) -> bool:
-        return inode in self._unretired
+    async def is_out_of_reach(self, inode: InodeId | None) -> bool:
+        """No recovery can bring older bytes of *inode* (``None``: of any) back.
+
+        That is so when the end of its last flush is stable in the log, or the log is empty.
+        """
+        if self._unretired if inode is None else inode in self._unretired:
+            return False
+        try:
+            await self.log.sync()
+        except JournalUnavailable:
+            return False
+        return True
 
     async def retire(self) -> None:
         """Show that the log works again, and retire what it could not take before.
@@ -200,7 +211,7 @@ class DirtyStore:
     async def trim(self) -> None:
         """Remove the part of the log that no recovery needs.  Raises: JournalUnavailable."""
         needed = self.files.needed_from
-        if needed is None and self._unretired:
+        if needed is None and (self._unretired or self.log.has_lost_segments):
             await self._empty()
             return
         if needed is None:

@@ -58,8 +58,8 @@ class SimFile:
 
     async def write(self, start: int, buffers: Sequence[Buffer]) -> None:
         await self._arrive()
+        self._disk._refuse_if_read_only()
         data = b"".join(bytes(buffer) for buffer in buffers)
-        self._disk._begin_write()
         room = self._disk._room_for(self._content, start + len(data))
         # A disk that fills up has written the beginning.
         accepted = data[: max(0, room - start)]
@@ -84,6 +84,7 @@ class SimFile:
 
     async def sync(self) -> None:
         await self._arrive()
+        self._disk._refuse_if_read_only()
         self._disk.sync_count += 1
         pending = list(self._content.unsynced)
         await trio.lowlevel.checkpoint()
@@ -99,6 +100,7 @@ class SimFile:
 
     async def truncate(self, size: int) -> None:
         await self._arrive()
+        self._disk._refuse_if_read_only()
         if self._disk.fail_writes:
             raise OSError(self._disk.fail_writes, os.strerror(self._disk.fail_writes))
         self._content.unsynced.append((size, None))
@@ -127,9 +129,11 @@ class SimDisk:
         self.fail_writes = 0
         self.fail_reads = 0
         self.fail_syncs = 0
+        """Of files."""
+        self.is_read_only = False
+        """As a file system that its kernel has given up on."""
         self.before_operation: Callable[[], None] = lambda: None
         self.sync_count = 0
-        self.write_count = 0
         self._names: dict[str, _Content] = {}
         self._stable_names: dict[str, _Content] = {}
 
@@ -145,6 +149,7 @@ class SimDisk:
 
     async def create(self, name: str) -> SimFile:
         await self._arrive()
+        self._refuse_if_read_only()
         if self.fail_writes:
             raise OSError(self.fail_writes, os.strerror(self.fail_writes))
         content = self._names.get(name)
@@ -157,12 +162,12 @@ class SimDisk:
 
     async def remove(self, name: str) -> None:
         await self._arrive()
+        self._refuse_if_read_only()
         del self._names[name]
 
     async def sync_directory(self) -> None:
         await self._arrive()
-        if self.fail_syncs:
-            raise OSError(self.fail_syncs, os.strerror(self.fail_syncs))
+        self._refuse_if_read_only()
         self._stable_names = dict(self._names)
 
     async def free_bytes(self) -> int:
@@ -264,8 +269,9 @@ class SimDisk:
         await trio.lowlevel.checkpoint()
         self.before_operation()
 
-    def _begin_write(self) -> None:
-        self.write_count += 1
+    def _refuse_if_read_only(self) -> None:
+        if self.is_read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def _room_for(self, content: _Content, end: int) -> int:
         if self.capacity_bytes is None:
