@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +29,7 @@ from filer.settings import NodeSettings
 from filer.supervisor import health
 from filer.supervisor.claim import claim
 from filer.supervisor.control import Control
+from filer.supervisor.host import check_host
 from filer.supervisor.layout import CHILD_OF, Layout
 from filer.supervisor.metrics_server import Snapshot, serve_metrics
 from filer.supervisor.nfs_server import NfsServer, replace_file
@@ -59,6 +59,9 @@ class NodeOptions:
 
 class Node:
     def __init__(self, settings: NodeSettings, options: NodeOptions | None = None) -> None:
+        # As the kernel's mount table and the NFS server will call them.
+        settings = settings.model_copy(update={
+            "run_dir": settings.run_dir.resolve(), "cache_dir": settings.cache_dir.resolve()})
         self._settings = settings
         self._options = options or NodeOptions()
         self._layout = Layout(settings.run_dir, settings.cache_dir)
@@ -86,7 +89,7 @@ class Node:
         """
         self._started_s = trio.current_time()
         with claim(self._layout):
-            check_ports(self._settings)
+            check_host(self._settings)
             self._prepare_run_dir()
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._receive_signals)
@@ -262,25 +265,6 @@ class Node:
             layout.volume_socket(volume.name).unlink(missing_ok=True)
             layout.keeper_state(volume.name).unlink(missing_ok=True)
         replace_file(layout.node_config, self._settings.model_dump_json(indent=2) + "\n")
-
-
-def check_ports(settings: NodeSettings) -> None:
-    """Raises: Misconfigured: a port the NFS server needs is taken, or the address not ours."""
-    nfs = settings.nfs
-    ports = {"nfs.port": nfs.port, "nfs.mount_port": nfs.mount_port}
-    if nfs.locks:
-        ports["nfs.nlm_port"] = nfs.nlm_port
-    family = socket.AF_INET6 if ":" in nfs.bind else socket.AF_INET
-    for key, port in ports.items():
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((nfs.bind, port))
-            except OSError as exc:
-                raise Misconfigured(
-                    f"{key} {port} on {nfs.bind} cannot be used: {exc.strerror}",
-                    f"stop what listens there (ss -ltnp 'sport = :{port}'),"
-                    f" or choose another {key}") from exc
 
 
 def run_node(settings: NodeSettings, options: NodeOptions | None = None) -> None:

@@ -28,8 +28,8 @@ from filer.supervisor.volumes import Volume
 log = structlog.get_logger()
 
 GANESHA = Path("/usr/bin/ganesha.nfsd")
-_RPCBIND = Path("/usr/sbin/rpcbind")
-_STATD = Path("/usr/sbin/rpc.statd")
+RPCBIND = Path("/usr/sbin/rpcbind")
+STATD = Path("/usr/sbin/rpc.statd")
 
 _PROBE_EVERY_S = 5.0
 _PROBE_EVERY_EAGERLY_S = 0.2
@@ -135,7 +135,7 @@ class Rpcbind(Program):
 
     def start(self) -> Process:
         Path("/run/rpcbind").mkdir(exist_ok=True)  # its lock file's
-        return Process([str(_RPCBIND), "-f"], self._environment, die_with_parent=True)
+        return Process([str(RPCBIND), "-f"], self._environment, die_with_parent=True)
 
     async def wait_ready(self) -> None:
         await rpc_probe.until(rpcbind_answers)
@@ -148,7 +148,7 @@ class Statd(Program):
         self._environment = environment
 
     def start(self) -> Process:
-        return Process([str(_STATD), "-F"], self._environment, die_with_parent=True)
+        return Process([str(STATD), "-F"], self._environment, die_with_parent=True)
 
     async def wait_ready(self) -> None:
         await rpc_probe.until(statd_answers)
