@@ -29,6 +29,11 @@ IN_FLIGHT = 8
 Outcome = tuple[list[Measure], list[str]]
 
 
+def _unrelated(run: int) -> str:
+    """Names that are no numbered sequence, of which the next would be fetched ahead."""
+    return "cold-" + chr(ord("a") + run)
+
+
 def _read_rate(export: Export, name: str, size: int, **options: Any) -> float:
     """MB/s of one sequential read."""
     options = {"window": IN_FLIGHT, **options}
@@ -147,10 +152,11 @@ def _wait_until_cached(rig: Rig, site: Site, name: str, size: int) -> None:
 def cold_read_over_wan(rig: Rig) -> Outcome:
     size = rig.bytes(GIB)
     with rig.site(rtt_s=RTT_S, bytes_per_s=LINK_BYTES_PER_S) as site:
-        _files(rig, site.core_dir, files=rig.runs, name="cold%ld", bytes=size)
+        for run in range(rig.runs):
+            _files(rig, site.core_dir, name=_unrelated(run), bytes=size)
         measure = rig.alternate(
             "cold read over the WAN",
-            lambda run: _read_rate(site.ours, f"cold{run}", size),
+            lambda run: _read_rate(site.ours, _unrelated(run), size),
             lambda _: link_rate(
                 rig.bytes(GIB // 4), rtt_s=RTT_S, bytes_per_s=LINK_BYTES_PER_S) / 1e6, "MB/s")
         per_file = site.link.statistics().down_bytes / rig.runs / size
@@ -221,11 +227,12 @@ def many_readers_cold(rig: Rig) -> Outcome:
     ours: list[float] = []
     rates: list[float] = []
     with rig.site(rtt_s=RTT_S, bytes_per_s=LINK_BYTES_PER_S) as site:
-        _files(rig, site.core_dir, files=rig.runs, name="cold%ld", bytes=size)
+        for run in range(rig.runs):
+            _files(rig, site.core_dir, name=_unrelated(run), bytes=size)
         for run in range(rig.runs):
             before = site.link.statistics().down_bytes
             result = run_load(
-                site.ours, "read", name=f"cold{run}", bytes=size, clients=readers, each=1,
+                site.ours, "read", name=_unrelated(run), bytes=size, clients=readers, each=1,
                 window=2)
             ours.append((site.link.statistics().down_bytes - before) / MIB)
             rates.append(result.bytes_per_s / 1e6)
