@@ -274,6 +274,33 @@ async def test_readers_during_updates_see_one_update_or_the_next_never_a_mixture
         assert store.statistics().corrupt_pages == 0
 
 
+async def test_a_page_dropped_while_a_thread_reads_it_is_not_handed_out(
+    tmp_path: Path,
+) -> None:
+    dropped_in_time = 0
+    for number in range(12):
+        key = FileKey(InodeId(number), DataVersion(1))
+        async with opened(tmp_path) as store:
+            await store.write(key, 0, noise(PAGE_BYTES))
+        # No descriptor is open yet, so that the first read needs a thread.
+        store = await PageStore.open(tmp_path, CacheSettings(), boot_id="boot")
+        outcome: list[object] = []
+
+        async def read(store: PageStore, key: FileKey, outcome: list[object]) -> None:
+            outcome.append(await store.read(key, 0, PAGE_BYTES))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, store, key, outcome)
+            await trio.lowlevel.checkpoint()
+            was_in_time = not outcome
+            store.drop(key)
+        if was_in_time:
+            dropped_in_time += 1
+            assert outcome == [None]
+        await store.close()
+    assert dropped_in_time
+
+
 async def test_bytes_that_were_being_written_when_the_file_was_cut_do_not_come_back(
     tmp_path: Path,
 ) -> None:

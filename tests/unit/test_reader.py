@@ -507,6 +507,27 @@ async def test_a_flush_during_a_fetch_voids_it_and_the_reader_asks_again(
         assert await reader.read(link.clean(1), 0, 10) == b"\2" * 10
 
 
+async def test_a_piece_that_changes_while_another_is_awaited_is_read_again(
+    autojump_clock: MockClock,
+) -> None:
+    link, pages = Link(files={1: File(2 * MIB)}), Pages()
+    got = []
+    async with running(link, pages, **NO_READ_AHEAD) as reader, trio.open_nursery() as clients:
+        file = link.clean(1)
+        pages.pages[file.key, 0] = bytes(MIB)
+
+        async def read() -> None:
+            got.append(bytes(await reader.read(file, MIB - 10, MIB + 10)))
+
+        clients.start_soon(read)
+        await trio.sleep(0.020)  # it has page 0 and waits for page 1
+        pages.pages[file.key, 0] = b"\7" * MIB
+        pages.tell(file.key, 0, MIB)
+        await trio.sleep(1)
+
+        assert got == [b"\7" * 10 + b"\1" * 10]
+
+
 async def test_changes_elsewhere_in_the_file_leave_a_fetch_alone(
     autojump_clock: MockClock,
 ) -> None:
