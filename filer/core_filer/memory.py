@@ -88,6 +88,7 @@ class MemoryCoreFiler:
         self._outage_since_s: float | None = None
         self._outage_reason = ""
         self._reconnects = 0
+        report_reachable(True)
 
     # --- Faults
 

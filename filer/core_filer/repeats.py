@@ -7,7 +7,7 @@ meets EEXIST.  `Wanted` decides when that is success after all.
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from filer.core_filer.base import Attributes
 
@@ -50,3 +50,7 @@ class Wanted:
         if stat.S_ISBLK(self.mode) or stat.S_ISCHR(self.mode):
             return found.rdev == self.rdev
         return True
+
+    def looks_unfinished(self, found: Attributes) -> bool:
+        """Whether the server may have died after making it as root and before giving it away."""
+        return replace(self, uid=0, gid=0).looks_like(found)

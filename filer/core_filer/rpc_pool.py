@@ -40,6 +40,8 @@ class Attempts:
     """What became of one request so far."""
 
     lost: int = 0
+    outage: bool = False
+    """Every connection was lost meanwhile: the server may have died in the middle of it."""
 
     @property
     def uncertain(self) -> bool:
@@ -59,6 +61,7 @@ class Pool:
         self._slots: list[Connection | None] = [None] * connections
         self._came_up = trio.Event()
         self._waiting = 0
+        self._outages = 0
         self._reconnects = -connections
         self._unreachable_since_s: float | None = trio.current_time()
         self._reason = "not yet connected"
@@ -82,6 +85,7 @@ class Pool:
         Raises RpcRejected, Unencodable, or what decoding the reply raises.
         """
         self._waiting += 1
+        outages = self._outages
         try:
             while True:
                 connection = self._choose(lane)
@@ -100,6 +104,7 @@ class Pool:
                         await trio.sleep(backoff_s(attempts.lost, self._random))
         finally:
             self._waiting -= 1
+            attempts.outage |= self._outages != outages
 
     def _choose(self, lane: Lane) -> Connection | None:
         """The least loaded of the lane; any other if the lane has none."""
@@ -145,5 +150,6 @@ class Pool:
         if not alive:
             self._reason = connection.lost_reason or ""
             if self._unreachable_since_s is None:
+                self._outages += 1
                 self._unreachable_since_s = connection.heard_s
                 report_reachable(False)
