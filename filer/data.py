@@ -11,7 +11,6 @@ copy can only be as new as or older than the clean bytes it covers, never torn a
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from filer import metrics
 from filer.cache.layout import FileKey
 from filer.cache.pages import Buffer, PageStore
 from filer.cache.reader import Changed, CleanFile, Reader
@@ -66,9 +64,16 @@ class FileData:
         return self.write_behind.dirty(inode_id) is not None
 
     def overlay(self, inode: Inode) -> None:
-        """Put size and mtime of dirty data on an inode that was loaded from the store."""
+        """Set size and mtime of an inode that was loaded from the store.
+
+        Those stored may be of dirty data that a crash has taken away since: only the log knows.
+        """
         dirty = self.write_behind.dirty(inode.id)
-        if dirty is not None:
+        if dirty is None:
+            if inode.attributes.is_regular:
+                inode.attributes = replace(
+                    inode.attributes, size=inode.core.size, mtime_ns=inode.core.mtime_ns)
+        else:
             inode.attributes = replace(
                 inode.attributes, size=dirty.size,
                 mtime_ns=max(dirty.mtime_ns, inode.attributes.mtime_ns))
@@ -275,13 +280,20 @@ class FileData:
 
     def flushed(self, inode: InodeId, attributes: Attributes) -> None:
         table = self.namespace.table
-        found = table.find(inode)
+        found = table.in_memory(inode)
+        shown = None if found is None else found.attributes
         if found is None:
-            return
+            found = table.find(inode)
+            if found is None:
+                return
         with table.changing(found):  # answers asked for before the flush's end are outdated
             found.core = attributes.version
             found.verified_at = trio.current_time()
-            found.attributes = replace(found.attributes, used_bytes=attributes.used_bytes)
+            if shown is None:  # what was stored is older than what was flushed
+                found.attributes = attributes
+                self.overlay(found)
+            else:
+                found.attributes = replace(shown, used_bytes=attributes.used_bytes)
         table.save(found)
 
     def written_through(self, inode: InodeId, attributes: Attributes) -> None:
@@ -299,9 +311,6 @@ class FileData:
         found = table.find(inode)
         if found is None:
             return
-        metrics.CONFLICTS.inc()
-        log.warning("changed behind us while dirty: both are kept", inode=inode,
-                    conflict_copy=os.fsdecode(name))
         self._void(found)
         if attributes is None:
             table.gone(found)

@@ -57,14 +57,14 @@ class Inode:
         """Grows at both ends of our own mutations: a reply that began before is not adopted."""
         self.directory: Directory | None = None
         self.is_orphan = False
-        self.name = b""
+        self.name = record.name
         """One of its names, as last seen in *parent*; a hint."""
         self.touched = True
 
     def record(self) -> InodeRecord:
         return InodeRecord(
             self.id, self.generation, self.parent, self.handle, self.attributes, self.core,
-            self.data_version,
+            self.data_version, self.name,
         )
 
     def observe(self, told: Attributes, now: float, new_version: DataVersion) -> Change:

@@ -202,7 +202,8 @@ class Namespace:
                 if names.misses == _MISSES_MAX:
                     self._background.start_soon(self._list_ahead, parent)
             return None
-        inode = self.table.admit(found.handle, found.attributes, parent.id, asked_at)
+        inode = self.table.admit(
+            found.handle, found.attributes, parent.id, asked_at, name=name)
         if parent.change_sequence <= asked_at:
             self._add_name(parent, name, inode)
         return inode
@@ -287,7 +288,8 @@ class Namespace:
                         handle, told = found.handle, found.attributes
                     else:
                         handle, told = entry.handle, entry.attributes
-                    inode = self.table.admit(handle, told, parent.id, asked_at, save=False)
+                    inode = self.table.admit(
+                        handle, told, parent.id, asked_at, name=entry.name, save=False)
                     seen[entry.name] = inode.id
                     fresh.append(inode)
                 self.table.save(*fresh)
@@ -450,7 +452,7 @@ class Namespace:
             self._drop_name(new_parent, new_name)
         if inode is not None:
             self._add_name(new_parent, new_name, inode)
-            inode.parent = new_parent.id
+            inode.parent, inode.name = new_parent.id, new_name
             self.table.save(inode)
         if target is not None and exchange:
             self._add_name(parent, name, target)
@@ -557,7 +559,7 @@ class Namespace:
     # -- mechanism ---------------------------------------------------------------------------
 
     def _made(self, parent: Inode, name: bytes, found: Found) -> Inode:
-        inode = self.table.made(found, parent.id)
+        inode = self.table.made(found, parent.id, name)
         parent.touch_names(found.directory, self._wall_clock_ns())
         self._add_name(parent, name, inode)
         self._suspect(parent)

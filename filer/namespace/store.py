@@ -43,7 +43,7 @@ _HEADER = struct.Struct("<IQ")
 _KEY = struct.Struct(">Q")
 _DENTRY_KEY = struct.Struct(">QQ")
 _DIRECTORY = struct.Struct("<Qq")
-_INODE = struct.Struct("<IQQ QIIIIQQQqqqQ qqQ B")
+_INODE = struct.Struct("<IQQ QIIIIQQQqqqQ qqQ BB")
 _INODES, _DENTRIES, _DIRECTORIES, _ORPHANS = range(4)
 _NAMES = (b"inodes", b"dentries", b"directories", b"orphans")
 
@@ -63,6 +63,8 @@ class InodeRecord:
     core: CoreVersion
     """As the core filer told them."""
     data_version: DataVersion
+    name: bytes = b""
+    """One of its names in *parent*, as last seen; a hint."""
 
     def encode(self) -> bytes:
         a, c = self.attributes, self.core
@@ -70,17 +72,18 @@ class InodeRecord:
             self.generation, self.parent, self.data_version,
             a.fileid, a.mode, a.nlink, a.uid, a.gid, a.size, a.used_bytes, a.rdev,
             a.atime_ns, a.mtime_ns, a.ctime_ns, a.fsid,
-            c.mtime_ns, c.ctime_ns, c.size, len(self.handle),
-        ) + self.handle
+            c.mtime_ns, c.ctime_ns, c.size, len(self.handle), len(self.name),
+        ) + self.handle + self.name
 
     @classmethod
     def decode(cls, inode: InodeId, raw: bytes) -> InodeRecord:
-        (generation, parent, data_version, *attributes, mtime_ns, ctime_ns, size, length
-         ) = _INODE.unpack_from(raw)
+        (generation, parent, data_version, *attributes, mtime_ns, ctime_ns, size,
+         handle_length, name_length) = _INODE.unpack_from(raw)
+        handle_end = _INODE.size + handle_length
         return cls(
-            inode, generation, InodeId(parent), Handle(raw[_INODE.size:_INODE.size + length]),
+            inode, generation, InodeId(parent), Handle(raw[_INODE.size:handle_end]),
             Attributes(*attributes), CoreVersion(mtime_ns, ctime_ns, size),
-            DataVersion(data_version),
+            DataVersion(data_version), raw[handle_end:handle_end + name_length],
         )
 
 

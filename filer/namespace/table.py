@@ -113,7 +113,7 @@ class InodeTable:
 
     def admit(
         self, handle: Handle, told: Attributes, parent: InodeId, asked_at: int, *,
-        save: bool = True,
+        name: bytes = b"", save: bool = True,
     ) -> Inode:
         """The inode behind an answer of the core filer that was asked for at clock *asked_at*.
 
@@ -132,7 +132,7 @@ class InodeTable:
             del self._alive[inode_id]
         inode = Inode(
             InodeRecord(inode_id, _generation(inode_id, handle), parent, handle, told,
-                        told.version, self.new_data_version()),
+                        told.version, self.new_data_version(), name),
             verified_at=trio.current_time(),
         )
         self._remember(inode)
@@ -180,14 +180,14 @@ class InodeTable:
                 else:
                     self._busy[inode.id] -= 1
 
-    def made(self, found: Found, parent: InodeId) -> Inode:
+    def made(self, found: Found, parent: InodeId, name: bytes) -> Inode:
         """The inode of something we have just made or linked."""
         known = self.find(self.inode_id(found.attributes))
         if known is not None and known.handle == found.handle:
-            known.parent = parent
+            known.parent, known.name = parent, name
             self.mutated(known, found.attributes)
             return known
-        return self.admit(found.handle, found.attributes, parent, self.clock, save=False)
+        return self.admit(found.handle, found.attributes, parent, self.clock, name=name, save=False)
 
     def mutated(self, inode: Inode, told: Attributes, *, was_dirty: bool = False) -> None:
         """Take in what the core filer told as the result of our own change.

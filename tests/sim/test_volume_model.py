@@ -137,7 +137,8 @@ class Client:
         assert inode.attributes.size == len(wanted)
         start = self.random.randrange(len(wanted) + 1)
         end = start + self.random.choice([10, 4096, MIB, 5 * MIB])
-        assert bytes(await data.read(inode, start, end)) == wanted[start:end]
+        found = bytes(await data.read(inode, start, end))
+        assert found == wanted[start:end], _difference(found, wanted[start:end], start)
 
     async def _truncate(self, name: bytes, inode: Inode, data: FileData, ns: Namespace) -> None:
         size = self.random.choice([0, self.random.randrange(3 * MIB)])
@@ -198,8 +199,19 @@ class Client:
     def after_machine_crash(self, read: dict[bytes, bytes]) -> None:
         for name, content in read.items():
             assert content in self.possible[name], (
-                f"{name!r} has {len(content)} bytes that it never had, or lost stable ones")
+                name, [_difference(content, possible) for possible in self.possible[name]])
             self._set(name, content, is_stable=True)
+
+
+def _difference(found: bytes, wanted: bytes, start: int = 0) -> str:
+    if len(found) != len(wanted):
+        return f"{len(found)} bytes, not {len(wanted)}"
+    differing = [at for at in range(len(found)) if found[at] != wanted[at]]
+    if not differing:
+        return "equal"
+    first, last = differing[0], differing[-1]
+    zeros = not any(found[first:last + 1])
+    return f"differs in [{start + first}, {start + last + 1}), {zeros and 'zeros there' or ''}"
 
 
 async def _history(seed: int, path: Path, lives: int, acts: int) -> None:
@@ -238,7 +250,9 @@ async def _check(world: World, client: Client) -> None:
         assert inode is not None, name
         await ns.verify(inode)
         found[name] = bytes(await world.data.read(inode, 0, 10 * MIB))
-        assert len(found[name]) == inode.attributes.size
+        assert len(found[name]) == inode.attributes.size, (
+            name, len(found[name]), inode.attributes, inode.core, inode.verified_at,
+            trio.current_time(), world.data.is_dirty(inode.id), inode is ns.table.find(inode.id))
     client.after_machine_crash(found)
 
 
