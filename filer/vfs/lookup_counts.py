@@ -26,7 +26,9 @@ class LookupCounts:
         self._counts: dict[int, int] = {}
         self.is_complete = is_complete
 
-    def __len__(self) -> int:
+    @property
+    def inode_count(self) -> int:
+        """Inodes that the kernel holds."""
         return len(self._counts)
 
     def count(self, inode: int) -> int:

@@ -1,8 +1,8 @@
 """A small file system in memory, to test the FUSE boundary with.
 
-Stateless opens, as the real one.  Tests stop a handler at a *gate* (``hold``), watch what arrives
-(``requests``), change state behind the kernel's back, and have the lookup counts kept as the
-real handlers keep them.
+Stateless opens, as the real one.  Tests stop a handler at a *gate*, before it looks at the state
+(``hold``) or with its reply made up (``hold_reply``), watch what arrives (``requests``), change
+state behind the kernel's back, and have the lookup counts kept as the real handlers keep them.
 
 With a log of changes its state outlives the process, as a core filer would: see
 ``tiny_server.py``.
@@ -59,7 +59,7 @@ class TinyFs(pyfuse3.Operations):
 
     def __init__(self, counts: LookupCounts | None = None) -> None:
         super().__init__()
-        self.counts = counts or LookupCounts()
+        self.counts = LookupCounts() if counts is None else counts
         self.nodes = {1: Node(1, stat.S_IFDIR | 0o777, 1)}
         self.requests: Counter[str] = Counter()
         self.uniques: dict[tuple[str, bytes], int] = {}
@@ -125,6 +125,14 @@ class TinyFs(pyfuse3.Operations):
         gate = self._gates[operation, what] = Gate()
         return gate
 
+    def hold_reply(self, operation: str, what: object) -> Gate:
+        """The next reply to this waits at the gate, made up from the state before.
+
+        No handler of ours may wait there; it stands for a reply that is written but not yet
+        taken in, because the process that waits for it gets no CPU.
+        """
+        return self.hold(f"{operation} reply", what)
+
     def find(self, path: str) -> Node:
         node = self.nodes[1]
         for name in filter(None, os.fsencode(path).split(b"/")):
@@ -149,6 +157,12 @@ class TinyFs(pyfuse3.Operations):
 
     async def _arrive(self, operation: str, what: object) -> None:
         self.requests[operation] += 1
+        await self._pass(operation, what)
+
+    async def _depart(self, operation: str, what: object) -> None:
+        await self._pass(f"{operation} reply", what)
+
+    async def _pass(self, operation: str, what: object) -> None:
         gate = self._gates.pop((operation, what), None)
         if gate is not None:
             gate.reached.set()
@@ -190,12 +204,14 @@ class TinyFs(pyfuse3.Operations):
             return self._entry(self._node(parent_inode))
         inode = self._directory(parent_inode).names.get(name)
         if inode is not None:
-            return self._entry(self._node(inode))
-        if not self.negative_timeout_s:
+            entry = self._entry(self._node(inode))
+        elif self.negative_timeout_s:
+            entry = pyfuse3.EntryAttributes()
+            entry.st_ino = pyfuse3.InodeT(0)
+            entry.entry_timeout = self.negative_timeout_s
+        else:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(0)
-        entry.entry_timeout = self.negative_timeout_s
+        await self._depart("lookup", name)
         return entry
 
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
@@ -264,7 +280,9 @@ class TinyFs(pyfuse3.Operations):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         await self._arrive("read", fh)
-        return self._node(fh).data[off : off + size]
+        data = self._node(fh).data[off : off + size]
+        await self._depart("read", fh)
+        return data
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         await self._arrive("write", fh)
