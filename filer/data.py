@@ -249,7 +249,9 @@ class FileData:
         """The core filer showed a change made behind us; *inode* still has its old version."""
         if change is Change.DATA:
             if inode.attributes.is_directory:
-                self.namespace.names_changed(inode)
+                # While we start, the root is looked at before there is a namespace.
+                if inode.directory is not None:
+                    self.namespace.names_changed(inode)
             else:
                 self.reader.forget(inode.id)
                 self._pages.drop(FileKey(inode.id, inode.data_version))
