@@ -18,6 +18,8 @@ import trio
 from filer.admin.client import NotRunning, call_sync
 from filer.settings import NodeSettings
 from filer.supervisor import rpc_probe
+from filer.supervisor.claim import remove_leftovers
+from filer.supervisor.layout import Layout
 from tests.support.nas import free_ports
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -151,9 +153,6 @@ class FakeNode:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        from filer.supervisor.claim import remove_leftovers
-        from filer.supervisor.layout import Layout
-
-        remove_leftovers(Layout(self.run_dir, self.settings.cache_dir))
+        remove_leftovers(Layout(self.run_dir.resolve(), self.settings.cache_dir))
         if self.process is not None:
             self._reader.join(_WAIT_S)

@@ -1,5 +1,6 @@
 """The supervisor with the real NFS server, over fake volumes."""
 
+import json
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from filer.admin.client import NotRunning, call_sync
+from filer.supervisor import ganesha
 from filer.supervisor.claim import mounts_below
 from tests.support import nfs3
 from tests.support.fake_node import FakeNode
@@ -54,6 +56,7 @@ def test_a_node_starts_serves_and_stops_leaving_nothing(node_of):
     assert {c["name"]: c["state"] for c in status["children"]} == {
         "keeper": "running", "volume server": "running", "nfs server": "running"}
     assert node.nfs_answers()
+    assert ganesha.last_complaint((node.run_dir / "ganesha.log").read_text()) == ""
     pids = [c["pid"] for c in status["children"]]
 
     node.signal(signal.SIGTERM)
@@ -72,12 +75,12 @@ def test_the_nfs_server_stops_before_dirty_data_is_written_back(node_of):
     (node.fake / "shows.stuck").touch()
     node.start()
     node.wait_serving()
-    ganesha = node.child("nfs server")["pid"]
+    nfs_server = node.child("nfs server")["pid"]
 
     node.signal(signal.SIGTERM)
     node.wait_status(lambda s: "shows stop keep_dirty=False" in node.events())
 
-    assert not is_alive(ganesha)
+    assert not is_alive(nfs_server)
     assert not node.nfs_answers()
 
 
@@ -195,7 +198,7 @@ def test_what_a_killed_node_left_is_removed_by_the_next(node_of):
     node.start()
     node.wait_serving()
     keeper = node.child("keeper", "shows")["pid"]
-    ganesha = node.child("nfs server")["pid"]
+    nfs_server = node.child("nfs server")["pid"]
     node.signal(signal.SIGKILL)
     node.process.wait()
     assert is_alive(keeper)
@@ -205,7 +208,7 @@ def test_what_a_killed_node_left_is_removed_by_the_next(node_of):
     node.wait_serving()
 
     assert not is_alive(keeper)
-    assert not is_alive(ganesha)
+    assert not is_alive(nfs_server)
     assert node.status()["health"] == "green"
     assert len(mounts_below(node.run_dir)) == 1
 
@@ -270,8 +273,8 @@ def test_the_nfs_server_dies_with_its_supervisor(node_of):
     node = node_of("shows")
     node.start()
     node.wait_serving()
-    ganesha = node.child("nfs server")["pid"]
-    pidfd = os.pidfd_open(ganesha)
+    nfs_server = node.child("nfs server")["pid"]
+    pidfd = os.pidfd_open(nfs_server)
 
     node.signal(signal.SIGKILL)
     node.process.wait()
@@ -381,3 +384,16 @@ def test_rpcbind_and_statd_are_started_where_nobody_runs_them_and_stopped_at_the
     node.signal(signal.SIGTERM)
     assert node.wait() == 0
     assert not any(is_alive(children[name]["pid"]) for name in ("rpcbind", "statd"))
+
+
+def test_a_run_directory_behind_a_symbolic_link_works(node_of, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    node = node_of("shows", run_dir=str(tmp_path / "link" / "run"))
+    node.run_dir = tmp_path / "link" / "run"
+    node.start()
+    node.wait_serving()
+
+    assert node.status()["health"] == "green"
+    config = json.loads((node.run_dir / "node.json").read_text())
+    assert config["run_dir"] == str(tmp_path / "real" / "run")

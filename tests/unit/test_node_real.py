@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from filer.supervisor.claim import remove_leftovers
+from filer.supervisor.layout import Layout
 from tests.support import nfs3
 from tests.support.nas import free_ports
 
@@ -81,9 +83,6 @@ def served(tmp_path):
     if made.process is not None and made.process.poll() is None:
         made.process.kill()
         made.process.wait()
-    from filer.supervisor.claim import remove_leftovers
-    from filer.supervisor.layout import Layout
-
     remove_leftovers(Layout(made.run_dir, tmp_path / "cache"))
 
 
