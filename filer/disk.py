@@ -32,6 +32,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class DiskFile(Protocol):
     """One file.  Positions are absolute; concurrent calls are allowed."""
 
+    inline_bytes_max: int
+    """Up to so many bytes ``write_now`` may be used."""
+
+    def write_now(self, start: int, buffers: Sequence[Buffer]) -> None:
+        """As ``write``, without a yield point: a few bytes into memory, never a wait."""
+        ...
+
     async def write(self, start: int, buffers: Sequence[Buffer]) -> None:
         """Write all *buffers* one after the other; on an error any part may have been written."""
         ...
@@ -78,16 +85,18 @@ class Disk(Protocol):
 class LocalFile:
     """A file of a :class:`LocalDisk`."""
 
+    inline_bytes_max = _INLINE_BYTES_MAX
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     async def write(self, start: int, buffers: Sequence[Buffer]) -> None:
         if sum(map(len, buffers)) <= _INLINE_BYTES_MAX:
-            self._write(start, buffers)
+            self.write_now(start, buffers)
         else:
-            await trio.to_thread.run_sync(self._write, start, buffers)
+            await trio.to_thread.run_sync(self.write_now, start, buffers)
 
-    def _write(self, start: int, buffers: Sequence[Buffer]) -> None:
+    def write_now(self, start: int, buffers: Sequence[Buffer]) -> None:
         for first in range(0, len(buffers), _IOV_MAX):
             rest = list(buffers[first : first + _IOV_MAX])
             wanted = sum(map(len, rest))

@@ -54,6 +54,8 @@ from filer.journal.recovery import FIRST_LSN, Recovered, Recovery
 _log = structlog.get_logger(__name__)
 
 _RECOVERY_READ_BYTES = 8 << 20
+_BODIES_BYTES_MAX = 1024
+"""Room for what is not data in the few records of one append."""
 _BATCH_BYTES_MAX = 16 << 20
 """Of one write: bounds the time an append waits for those before it."""
 _WRITE_OUT_BYTES = 8 << 20
@@ -91,6 +93,17 @@ class _Segment:
     """Its fsync failed: never to be trusted again."""
     write_lsns: array[int] = field(default_factory=lambda: array("Q"))
     """Of its Write records, to find the whole record around a piece of data."""
+
+
+class _Batch:
+    """Records of several appends, encoded to be written at once."""
+
+    __slots__ = ("buffers", "end", "logged", "start")
+
+    def __init__(self, start: int) -> None:
+        self.start = self.end = start
+        self.buffers: list[Buffer] = []
+        self.logged: list[list[Logged]] = []
 
 
 @dataclass(slots=True, eq=False)
@@ -218,6 +231,9 @@ class Log:
 
         Not cancellable once begun.  Raises: JournalUnavailable: none of them is in the log.
         """
+        logged = self._append_now(records)
+        if logged is not None:
+            return logged
         pending = _Pending(records)
         self._queue.append(pending)
         with trio.CancelScope(shield=True):
@@ -238,34 +254,39 @@ class Log:
         assert pending.logged is not None
         return pending.logged
 
+    def _append_now(self, records: Sequence[Record]) -> list[Logged] | None:
+        """The short way, for little data and nobody else writing; ``None``: not possible."""
+        segment = self._active
+        if self._is_writing or segment is None or self._is_full(segment):
+            return None
+        data_bytes = sum(len(record.data) for record in records if isinstance(record, Write))
+        if data_bytes + _BODIES_BYTES_MAX > segment.file.inline_bytes_max:
+            return None
+        batch = _Batch(segment.end)
+        self._encode_into(batch, records)
+        try:
+            segment.file.write_now(batch.start - segment.first, batch.buffers)
+        except OSError:
+            return None  # the long way meets the same error, and deals with it
+        self._written(segment, batch)
+        return batch.logged[0]
+
     async def _write_batch(self) -> None:
         """Write the oldest queued appends.  On an error all queued ones fail.
 
         Were the later ones kept, they could stand in the log without an earlier record of the
         same inode that they rely on.
         """
-        batch: list[_Pending] = []
-        results: list[list[Logged]] = []
         try:
-            segment = await self._segment_to_write()
-            start = end = segment.end
-            buffers: list[Buffer] = []
-            stable_end = self.stable_end
-            now_ns = self._wall_clock_ns()
+            segment = self._active
+            if segment is None or self._is_full(segment):
+                segment = await self._begin_segment()
+            batch = _Batch(segment.end)
             for pending in self._queue:
-                if end - start >= _BATCH_BYTES_MAX:
+                if batch.end - batch.start >= _BATCH_BYTES_MAX:
                     break
-                logged = []
-                for record in pending.records:
-                    found, head, data = self._encode(record, end, stable_end, now_ns)
-                    logged.append(found)
-                    buffers.append(head)
-                    if len(data):
-                        buffers.append(data)
-                    end = found.end
-                batch.append(pending)
-                results.append(logged)
-            await segment.file.write(start - segment.first, buffers)
+                self._encode_into(batch, pending.records)
+            await segment.file.write(batch.start - segment.first, batch.buffers)
         except OSError as error:
             await self._give_up_segment()
             for pending in self._queue:
@@ -274,45 +295,53 @@ class Log:
                     pending.turn.set()
             self._queue.clear()
             return
-        segment.end = self._end = end
-        del self._queue[: len(batch)]
-        for pending, logged in zip(batch, results, strict=True):
+        self._written(segment, batch)
+        for pending, logged in zip(self._queue, batch.logged, strict=False):
             pending.logged = logged
-            segment.write_lsns.extend(x.lsn for x in logged if isinstance(x.record, Write))
             if pending.turn is not None:
                 pending.turn.set()
-        if end - segment.hinted_end >= _WRITE_OUT_BYTES:
-            hinted, segment.hinted_end = segment.hinted_end, end
-            await segment.file.start_write_out(hinted - segment.first, end - segment.first)
+        del self._queue[: len(batch.logged)]
+        if batch.end - segment.hinted_end >= _WRITE_OUT_BYTES:
+            hinted, segment.hinted_end = segment.hinted_end, batch.end
+            await segment.file.start_write_out(hinted - segment.first, batch.end - segment.first)
 
-    def _encode(
-        self, record: Record, at: int, stable_end: int, now_ns: int
-    ) -> tuple[Logged, bytes, Buffer]:
+    def _encode_into(self, batch: _Batch, records: Sequence[Record]) -> None:
+        stable_end, now_ns = self.stable_end, self._wall_clock_ns()
+        batch.logged.append(
+            [self._encode(batch, record, stable_end, now_ns) for record in records])
+
+    def _encode(self, batch: _Batch, record: Record, stable_end: int, now_ns: int) -> Logged:
+        lsn = Lsn(batch.end)
         head, data = encode(
-            record, lsn=Lsn(at), epoch=self._epoch, stable_end=stable_end, written_at_ns=now_ns)
-        data_at = at + len(head)
-        end = data_at + len(data)
-        return Logged(record, Lsn(at), data_at, now_ns, self._epoch, stable_end, end), head, data
+            record, lsn=lsn, epoch=self._epoch, stable_end=stable_end, written_at_ns=now_ns)
+        batch.buffers.append(head)
+        if len(data):
+            batch.buffers.append(data)
+        data_at = lsn + len(head)
+        batch.end = data_at + len(data)
+        return Logged(record, lsn, data_at, now_ns, self._epoch, stable_end, batch.end)
 
-    async def _segment_to_write(self) -> _Segment:
-        active = self._active
-        if active is None or active.end - active.first >= self._segment_bytes:
-            active = await self._begin_segment()
-        return active
+    def _written(self, segment: _Segment, batch: _Batch) -> None:
+        segment.end = self._end = batch.end
+        for logged in batch.logged:
+            segment.write_lsns.extend([x.lsn for x in logged if isinstance(x.record, Write)])
+
+    def _is_full(self, segment: _Segment) -> bool:
+        return segment.end - segment.first >= self._segment_bytes
 
     async def _begin_segment(self) -> _Segment:
         await self._remove_leftover()
         first = max(self._end, FIRST_LSN)
         file = await self._disk.create(segment_name(first))
         segment = _Segment(first, file, first, first, first)
+        batch = _Batch(first)
         try:
-            logged, head, _ = self._encode(
-                SegmentStart(self._node), first, self.stable_end, self._wall_clock_ns())
-            await file.write(0, [head])
+            self._encode_into(batch, [SegmentStart(self._node)])
+            await file.write(0, batch.buffers)
         except OSError:
             file.close()
             raise
-        segment.end = self._end = logged.end
+        self._written(segment, batch)
         self._segments.append(segment)
         self._active = segment
         return segment

@@ -56,8 +56,15 @@ class SimFile:
         self._generation = disk.generation
         self._is_closed = False
 
+    @property
+    def inline_bytes_max(self) -> int:
+        return self._disk.inline_bytes_max
+
     async def write(self, start: int, buffers: Sequence[Buffer]) -> None:
         await self._arrive()
+        self.write_now(start, buffers)
+
+    def write_now(self, start: int, buffers: Sequence[Buffer]) -> None:
         self._disk._refuse_if_read_only()
         data = b"".join(bytes(buffer) for buffer in buffers)
         room = self._disk._room_for(self._content, start + len(data))
@@ -125,6 +132,7 @@ class SimDisk:
     def __init__(self, seed: int = 0) -> None:
         self.random = Random(seed)
         self.generation = 0
+        self.inline_bytes_max = 0 if seed % 2 == 0 else 2000
         self.capacity_bytes: int | None = None
         self.fail_writes = 0
         self.fail_reads = 0
