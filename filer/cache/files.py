@@ -157,7 +157,7 @@ class ChunkFiles:
 
         Raises: BadBlock: the bytes that were there were damaged; OSError.
         """
-        length, digests = record.lengths[page], record.digests[page]
+        length, digests = record.lengths[page], record.digests(page)
         assert start <= length
         end = start + len(data)
         low = start - start % BLOCK_BYTES

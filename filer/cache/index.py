@@ -26,6 +26,9 @@ MAP_BYTES = 16 << 30
 """Address space, not memory: 2 million chunks of 600 bytes need 2 GiB, with copy-on-write slack."""
 CHECK_TIMEOUT_S = 60
 
+RECENT_MAX = 2048
+"""Records kept unpacked: the chunks that streams are in.  About 1 KiB each."""
+
 _GENERATION_KEY = b"generation"
 """Shorter than a chunk's key, hence never taken for one."""
 
@@ -69,6 +72,7 @@ class ChunkIndex:
             )
         except lmdb.Error as error:
             raise IndexFailed(f"index: {error}") from error
+        self._recent: dict[bytes, ChunkRecord | None] = {}
 
     @staticmethod
     def destroy(directory: Path) -> None:
@@ -88,11 +92,19 @@ class ChunkIndex:
     def get(self, key: bytes) -> ChunkRecord | None:
         """Raises: IndexFailed; Corrupt: this one record is damaged (`delete` it)."""
         try:
+            return self._recent[key]
+        except KeyError:
+            pass
+        try:
             with self._env.begin() as txn:
                 value = txn.get(key)
         except lmdb.Error as error:
             raise IndexFailed(f"index: {error}") from error
-        return None if value is None else ChunkRecord.unpack(key, value)
+        record = None if value is None else ChunkRecord.unpack(key, value)
+        if len(self._recent) >= RECENT_MAX:
+            self._recent.clear()
+        self._recent[key] = record
+        return record
 
     def change(
         self, puts: Iterable[tuple[bytes, ChunkRecord]] = (), deletes: Iterable[bytes] = ()
@@ -101,8 +113,10 @@ class ChunkIndex:
         try:
             with self._env.begin(write=True) as txn:
                 for key in deletes:
+                    self._recent.pop(key, None)
                     txn.delete(key)
                 for key, record in puts:
+                    self._recent.pop(key, None)
                     txn.put(key, record.pack(key))
         except lmdb.Error as error:
             raise IndexFailed(f"index: {error}") from error

@@ -7,7 +7,7 @@ and no database.  ``docs/cache.md`` has the byte tables.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
@@ -26,7 +26,7 @@ _DIGEST_BYTES = 8
 _KEY = struct.Struct(">QQI")
 _FILE_PREFIX = struct.Struct(">QQ")
 _INODE_PREFIX = struct.Struct(">Q")
-_HEADER = struct.Struct(f"<8sQI{PAGES_PER_CHUNK}I")
+_BODY = struct.Struct(f"<QI{PAGES_PER_CHUNK}I")
 _U64 = (1 << 64) - 1
 
 KEY_BYTES = _KEY.size
@@ -82,12 +82,12 @@ class ChunkRecord:
     """The chunk's place in the eviction queues."""
     lengths: tuple[int, ...]
     """Valid bytes of each page from its start; 0: the page is not cached."""
-    digests: tuple[bytes, ...]
-    """Block checksums of each page; empty where the page is not cached."""
+    all_digests: bytes
+    """Block checksums of the cached pages, one page after the other."""
 
     @classmethod
     def empty(cls, serial: int, slot: int) -> ChunkRecord:
-        return cls(serial, slot, (0,) * PAGES_PER_CHUNK, (b"",) * PAGES_PER_CHUNK)
+        return cls(serial, slot, (0,) * PAGES_PER_CHUNK, b"")
 
     @property
     def valid_bytes(self) -> int:
@@ -95,9 +95,20 @@ class ChunkRecord:
 
     def with_page(self, page: int, length: int, digests: bytes) -> ChunkRecord:
         """A record in which *page* (0 … 3) holds *length* bytes; 0 makes it invalid."""
-        lengths, all_digests = list(self.lengths), list(self.digests)
-        lengths[page], all_digests[page] = length, digests
-        return replace(self, lengths=tuple(lengths), digests=tuple(all_digests))
+        start, end = self._digests_of(page)
+        return ChunkRecord(
+            self.serial, self.slot,
+            (*self.lengths[:page], length, *self.lengths[page + 1 :]),
+            self.all_digests[:start] + digests + self.all_digests[end:],
+        )
+
+    def digests(self, page: int) -> bytes:
+        start, end = self._digests_of(page)
+        return self.all_digests[start:end]
+
+    def _digests_of(self, page: int) -> tuple[int, int]:
+        start = sum(map(_digest_bytes, self.lengths[:page]))
+        return start, start + _digest_bytes(self.lengths[page])
 
     def covers(self, start: int, end: int) -> bool:
         """Whether bytes ``[start, end)`` of the chunk are valid."""
@@ -107,25 +118,22 @@ class ChunkRecord:
         return True
 
     def pack(self, key: bytes) -> bytes:
-        body = _HEADER.pack(b"\0" * 8, self.serial, self.slot, *self.lengths)[8:] + b"".join(
-            self.digests
-        )
+        body = _BODY.pack(self.serial, self.slot, *self.lengths) + self.all_digests
         return xxh3_64_digest(key + body) + body
 
     @classmethod
     def unpack(cls, key: bytes, value: bytes) -> ChunkRecord:
         """Raises: Corrupt: the record is not what was written under this key."""
-        if len(value) < _HEADER.size or xxh3_64_digest(key + value[8:]) != value[:8]:
+        body = value[_DIGEST_BYTES:]
+        if len(body) < _BODY.size or xxh3_64_digest(key + body) != value[:_DIGEST_BYTES]:
             raise Corrupt("index record: checksum mismatch")
-        _, serial, slot, *lengths = _HEADER.unpack_from(value)
-        digests, at = [], _HEADER.size
-        for length in lengths:
-            size = -(-length // BLOCK_BYTES) * _DIGEST_BYTES
-            digests.append(value[at : at + size])
-            at += size
-        if at != len(value):
-            raise Corrupt("index record: wrong length")
-        return cls(serial, slot, tuple(lengths), tuple(digests))
+        serial, slot, *lengths = _BODY.unpack_from(body)
+        return cls(serial, slot, tuple(lengths), body[_BODY.size :])
+
+
+def _digest_bytes(length: int) -> int:
+    """What the checksums of *length* bytes take."""
+    return -(-length // BLOCK_BYTES) * _DIGEST_BYTES
 
 
 def first_bad_block(
@@ -145,7 +153,7 @@ def first_bad_block(
         stop = min(end, page_start + record.lengths[page])
         got = block_digests(data[at - start : stop - start])
         first = (at - page_start) // BLOCK_BYTES * _DIGEST_BYTES
-        want = record.digests[page][first : first + len(got)]
+        want = record.digests(page)[first : first + len(got)]
         if got != want:
             for block in range(0, len(got), _DIGEST_BYTES):
                 if got[block : block + _DIGEST_BYTES] != want[block : block + _DIGEST_BYTES]:

@@ -68,6 +68,9 @@ Listener = Callable[[FileKey | InodeId, int, int | None], None]
 """Called as (key or inode, start, end) before those bytes change, and again afterwards if that
 took an await; end ``None``: to the end."""
 
+_Part = tuple[bytes, ChunkRecord, int, int]
+"""(key, record, start, end): bytes of one chunk that a read wants."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -190,24 +193,28 @@ class PageStore:
 
         What is returned is what the store holds at the moment of return.  Do not change it.
         """
-        assert 0 <= start < end
         while True:
-            records = self._lookup(key, start, end)
-            if records is None:
-                return None
-            try:
-                data = self._read_nowait(records)
-                if data is not None:
-                    for _, record, _, _ in records:
-                        self._policy.touch(record.slot, trio.current_time())
-                    return data
-                data = await self._read_in_thread(records)
-            except BadBlock:
-                return None
-            if data is not None and records == self._lookup(key, start, end):
-                for _, record, _, _ in records:
-                    self._policy.touch(record.slot, trio.current_time())
+            data = self.read_nowait(key, start, end)
+            if data is not None:
                 return data
+            parts = self._lookup(key, start, end)
+            if parts is None:
+                return None
+            data = await self._read_in_thread(parts)
+            if data is not None and parts == self._lookup(key, start, end):
+                self._touch(parts)
+                return data
+
+    def read_nowait(self, key: FileKey, start: int, end: int) -> Buffer | None:
+        """As `read`, but ``None`` also if the bytes would have to come from the disk itself."""
+        assert 0 <= start < end
+        parts = self._lookup(key, start, end)
+        if parts is None:
+            return None
+        data = self._read_cached(parts)
+        if data is not None:
+            self._touch(parts)
+        return data
 
     def missing(self, key: FileKey, start: int, end: int) -> list[int]:
         """Indexes of the pages that are not valid for all their bytes within ``[start, end)``."""
@@ -316,41 +323,41 @@ class PageStore:
 
     # -- reading: parts -----------------------------------------------------------------------
 
-    def _lookup(
-        self, key: FileKey, start: int, end: int
-    ) -> list[tuple[bytes, ChunkRecord, int, int]] | None:
-        """The records that cover ``[start, end)``, each with its part of the range."""
-        found = []
+    def _lookup(self, key: FileKey, start: int, end: int) -> list[_Part] | None:
+        """The records that cover ``[start, end)``."""
+        parts = []
         for chunk, low, high in _spans(start, end):
             packed = chunk_key(key, chunk)
             record = self._get(packed)
             if record is None or not record.covers(low, high):
                 return None
-            found.append((packed, record, low, high))
-        return found
+            parts.append((packed, record, low, high))
+        return parts
 
-    def _read_nowait(self, records: list[tuple[bytes, ChunkRecord, int, int]]) -> Buffer | None:
-        parts = []
-        for packed, record, low, high in records:
+    def _touch(self, parts: list[_Part]) -> None:
+        for _, record, _, _ in parts:
+            self._policy.touch(record.slot, trio.current_time())
+
+    def _read_cached(self, parts: list[_Part]) -> Buffer | None:
+        data = []
+        for packed, record, low, high in parts:
             try:
-                part = self._files.read_nowait(record, low, high)
+                piece = self._files.read_nowait(record, low, high)
             except BadBlock as bad:
                 self._drop_damaged(packed, record, bad)
-                raise
-            if part is None:
                 return None
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            if piece is None:
+                return None
+            data.append(piece)
+        return data[0] if len(data) == 1 else b"".join(data)
 
-    async def _read_in_thread(
-        self, records: list[tuple[bytes, ChunkRecord, int, int]]
-    ) -> Buffer | None:
+    async def _read_in_thread(self, parts: list[_Part]) -> Buffer | None:
         """``None``: it went wrong and was dealt with; look the records up again."""
-        parts = []
-        for packed, record, low, high in records:
+        data = []
+        for packed, record, low, high in parts:
             with self._pin(record.slot):
                 try:
-                    part, descriptor = await trio.to_thread.run_sync(
+                    piece, descriptor = await trio.to_thread.run_sync(
                         self._files.read, record, low, high, limiter=self._readers_limiter
                     )
                 except BadBlock as bad:
@@ -366,8 +373,8 @@ class PageStore:
                 self._files.keep(record.serial, descriptor)
             else:
                 os.close(descriptor)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            data.append(piece)
+        return data[0] if len(data) == 1 else b"".join(data)
 
     def _drop_damaged(self, packed: bytes, record: ChunkRecord, error: Exception) -> None:
         """Make invalid what turned out to be damaged, unless it was changed meanwhile."""
@@ -713,8 +720,13 @@ class PageStore:
             self._drop_prefix(prefix)
         self._show_bytes()
 
-def _spans(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _spans(start: int, end: int) -> Sequence[tuple[int, int, int]]:
     """``[start, end)`` as (chunk, start within it, end within it)."""
-    for chunk in range(start // CHUNK_BYTES, (end - 1) // CHUNK_BYTES + 1):
-        base = chunk * CHUNK_BYTES
-        yield chunk, max(start - base, 0), min(end - base, CHUNK_BYTES)
+    first = start // CHUNK_BYTES
+    base = first * CHUNK_BYTES
+    if end <= base + CHUNK_BYTES:
+        return ((first, start - base, end - base),) if start < end else ()
+    return [
+        (chunk, max(start - chunk * CHUNK_BYTES, 0), min(end - chunk * CHUNK_BYTES, CHUNK_BYTES))
+        for chunk in range(first, (end - 1) // CHUNK_BYTES + 1)
+    ]

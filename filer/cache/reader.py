@@ -242,11 +242,17 @@ class Reader:
             return b""
         key = file.key
         pages = range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1)
+        if not self._is_fetching(key, pages):
+            data = self._pages.read_nowait(key, start, end)
+            if data is not None:
+                self._look_ahead(file, start, end)
+                self._count_use(key, pages, was_hit=True)
+                return data
         # What the client waits for is asked for first, and in the same step what lies ahead.
         was_hit = not self._demand(file, pages, start, end)
         self._look_ahead(file, start, end)
         while True:
-            if not any((key, page) in self._fetches for page in pages):
+            if not self._is_fetching(key, pages):
                 data = await self._pages.read(key, start, end)
                 if data is not None:
                     break
@@ -277,6 +283,10 @@ class Reader:
         self._read_ahead.forget(inode)
 
     # -- reading: parts -----------------------------------------------------------------------
+
+    def _is_fetching(self, key: FileKey, pages: range) -> bool:
+        fetches = self._fetches
+        return bool(fetches) and any((key, page) in fetches for page in pages)
 
     def _demand(self, file: CleanFile, pages: range, start: int, end: int) -> bool:
         """Have every missing page of the range fetched before all read-ahead.

@@ -85,7 +85,7 @@ class EvictionAgainstModel(RuleBasedStateMachine):
 
 TestEvictionAgainstModel = EvictionAgainstModel.TestCase
 TestEvictionAgainstModel.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None)
+    max_examples=40, stateful_step_count=50, deadline=None)
 
 
 @given(
@@ -215,7 +215,7 @@ def test_removing_an_entry_twice_is_a_defect() -> None:
 
 
 def test_a_chunk_costs_no_more_memory_than_promised() -> None:
-    count = 200_000
+    count = 50_000
     policy = Eviction()
     tracemalloc.start()
     try:

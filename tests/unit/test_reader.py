@@ -45,6 +45,9 @@ class Pages:
         return [page for page in range(start // MIB, (end - 1) // MIB + 1)
                 if len(self.pages.get((key, page), b"")) < min(end - page * MIB, MIB)]
 
+    def read_nowait(self, key: FileKey, start: int, end: int) -> bytes | None:
+        return None
+
     async def read(self, key: FileKey, start: int, end: int) -> bytes | None:
         await trio.lowlevel.checkpoint()
         if self.missing(key, start, end):
