@@ -135,6 +135,8 @@ class Nas:
     def hang(self) -> None:
         """Connections stay up, nothing is answered, until `resume`."""
         os.kill(self.pid, signal.SIGSTOP)
+        # Its threads answer until each of them has stopped.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
