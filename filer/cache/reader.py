@@ -176,8 +176,8 @@ class Reader:
         self._read_ahead = ReadAhead(
             window_bytes_max=settings.window_bytes_max, small_file_bytes=settings.small_file_bytes
         )
-        self._fetches: dict[tuple[FileKey, int], _Fetch] = {}
-        """Queued, running, and fetched but not yet on the SSD."""
+        self._fetches: dict[InodeId, dict[tuple[DataVersion, int], _Fetch]] = {}
+        """Queued, running, and fetched but not yet on the SSD, by (data version, page)."""
         self._queues: dict[Cause, deque[_Fetch]] = {cause: deque() for cause in Cause}
         self._dispatch_work = trio.Event()
         self._pacing = Pacing()
@@ -285,8 +285,19 @@ class Reader:
     # -- reading: parts -----------------------------------------------------------------------
 
     def _is_fetching(self, key: FileKey, pages: range) -> bool:
-        fetches = self._fetches
-        return bool(fetches) and any((key, page) in fetches for page in pages)
+        fetches = self._fetches.get(key.inode)
+        return fetches is not None and any((key.version, page) in fetches for page in pages)
+
+    def _find(self, key: FileKey, page: int) -> _Fetch | None:
+        fetches = self._fetches.get(key.inode)
+        return None if fetches is None else fetches.get((key.version, page))
+
+    def _remove(self, fetch: _Fetch) -> None:
+        inode = fetch.file.inode
+        fetches = self._fetches[inode]
+        del fetches[fetch.file.data_version, fetch.page]
+        if not fetches:
+            del self._fetches[inode]
 
     def _demand(self, file: CleanFile, pages: range, start: int, end: int) -> bool:
         """Have every missing page of the range fetched before all read-ahead.
@@ -296,10 +307,10 @@ class Reader:
         missing = self._pages.missing(file.key, start, end)
         must_wait = False
         for page in pages:
-            key = (file.key, page)
-            if page not in missing and key not in self._fetches:
+            is_fetching = self._find(file.key, page) is not None
+            if page not in missing and not is_fetching:
                 continue
-            if key not in self._fetches and self._unread.pop(key, 0):
+            if not is_fetching and self._unread.pop((file.key, page), 0):
                 self._read_ahead.on_lost(file.inode)
             fetch = self._want(file, page, Cause.DEMAND)
             must_wait |= fetch.state is not _State.FETCHED
@@ -311,7 +322,7 @@ class Reader:
         self, file: CleanFile, pages: range, start: int, end: int
     ) -> Buffer | None:
         """The range in one piece; ``None``: something went away meanwhile, start over."""
-        fetches = {page: self._fetches.get((file.key, page)) for page in pages}
+        fetches = {page: self._find(file.key, page) for page in pages}
         parts: list[Buffer] = []
         for page, fetch in fetches.items():
             low, high = max(start, page * PAGE_BYTES), min(end, (page + 1) * PAGE_BYTES)
@@ -347,8 +358,7 @@ class Reader:
             if len(self._queues[Cause.READ_AHEAD]) >= AHEAD_QUEUE_MAX:
                 break
             for page in self._pages.missing(file.key, low, high):
-                if (file.key, page) not in self._fetches:
-                    self._want(file, page, Cause.READ_AHEAD)
+                self._want(file, page, Cause.READ_AHEAD)
         if ranges:
             self._dispatch_work.set()
         if start == 0:
@@ -393,7 +403,7 @@ class Reader:
             if self._pages.degraded:
                 raise TryAgain(f"the cache disk takes no pages: {self._pages.degraded}")
             for page in self._pages.missing(file.key, low, min(low + WARM_STEP_BYTES, limit)):
-                is_ours = (file.key, page) not in self._fetches
+                is_ours = self._find(file.key, page) is None
                 pending.append((self._want(file, page, cause), is_ours))
                 self._dispatch_work.set()
                 if len(pending) >= WARM_FETCHES_MAX:
@@ -407,7 +417,7 @@ class Reader:
 
     def _want(self, file: CleanFile, page: int, cause: Cause) -> _Fetch:
         """The one fetch of the page, new or already under way."""
-        fetch = self._fetches.get((file.key, page))
+        fetch = self._find(file.key, page)
         if fetch is not None:
             if fetch.state is _State.QUEUED:
                 fetch.file = file
@@ -415,7 +425,8 @@ class Reader:
                     fetch.cause = cause
                     self._queues[cause].append(fetch)
             return fetch
-        fetch = self._fetches[file.key, page] = _Fetch(file, page, cause)
+        fetch = _Fetch(file, page, cause)
+        self._fetches.setdefault(file.inode, {})[file.data_version, page] = fetch
         self._queues[cause].append(fetch)
         return fetch
 
@@ -498,7 +509,7 @@ class Reader:
             return
         fetch.error = error
         fetch.state = _State.FAILED
-        del self._fetches[fetch.key]
+        self._remove(fetch)
         fetch.fetched.set()
         fetch.stored.set()
 
@@ -512,7 +523,7 @@ class Reader:
     def _on_change(self, target: FileKey | InodeId, start: int, end: int | None) -> None:
         """The page store tells that bytes are about to change."""
         inode = target.inode if isinstance(target, FileKey) else target
-        for fetch in [f for f in self._fetches.values() if f.file.inode == inode]:
+        for fetch in list(self._fetches.get(inode, {}).values()):
             if fetch.start + PAGE_BYTES > start and (end is None or fetch.start < end):
                 self._void(fetch)
         for watch in self._watches:
@@ -591,7 +602,7 @@ class Reader:
             self._leave_memory(next(iter(self._displaceable)))
 
     def _leave_memory(self, fetch: _Fetch) -> None:
-        del self._fetches[fetch.key]
+        self._remove(fetch)
         if fetch.state is _State.FETCHED:
             self._memory_bytes -= len(fetch.data)
         if fetch in self._displaceable:
