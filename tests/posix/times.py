@@ -50,8 +50,18 @@ def a_new_file_is_stamped_with_the_present(root: Path) -> None:
     found = write_file(stamps.work / "file").stat()
     stamps.wait_for_tick()
     after = write_file(stamps.work / "after").stat().st_mtime_ns
-    for stamp in (found.st_mtime_ns, found.st_ctime_ns, found.st_atime_ns):
+    for stamp in (found.st_mtime_ns, found.st_ctime_ns):
         assert before < stamp < after
+
+
+@case
+def a_new_file_was_last_read_when_it_was_made(root: Path) -> None:
+    stamps = Stamps(root)
+    before = write_file(stamps.work / "before").stat().st_mtime_ns
+    stamps.wait_for_tick()
+    found_ns = write_file(stamps.work / "file").stat().st_atime_ns
+    stamps.wait_for_tick()
+    assert before < found_ns < write_file(stamps.work / "after").stat().st_mtime_ns
 
 
 @case
