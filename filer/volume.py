@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random, SystemRandom
 
@@ -87,23 +87,29 @@ async def open_volume(
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     volume = Volume()
     volume.settings, volume.policy, volume.kernel = settings, settings.effective_policy, kernel
-    async with open_core_filer(
-        settings.core, connections=settings.connections, random=random,
-    ) as core, trio.open_nursery() as background:
-        volume.core = core
+    async with AsyncExitStack() as stack:
+        volume.core = core = await stack.enter_async_context(open_core_filer(
+            settings.core, connections=settings.connections, random=random))
         volume.store = store = NameStore(directory / "names")
+        stack.callback(store.close)
         volume.pages = pages = await PageStore.open(
             directory / "pages", settings.cache, boot_id=_boot_id())
+        stack.push_async_callback(_shielded, pages.close)
         volume.data = data = FileData(
             core, pages, volume.policy, kernel, wall_clock_ns=wall_clock_ns)
         data.write_behind = volume.write_behind = await WriteBehind.open(
             disk=LocalDisk(directory / "log"), core=core, settings=settings.write_behind,
             policy=volume.policy, epoch=_next_epoch(directory / "epoch"),
             node=NodeId(node.node), observer=data, wall_clock_ns=wall_clock_ns)
+        stack.push_async_callback(_shielded, data.write_behind.close)
         table = InodeTable(
             store, core.root, await core.getattr(core.root),
             inodes_in_memory_max=settings.cache.inodes_in_memory_max, random=random,
             changed=data.changed, overlay=data.overlay, is_dirty=data.is_dirty)
+        stack.push_async_callback(_shielded, store.commit)
+        # Everything that works in the background has ended before anything above is closed.
+        background = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(background.cancel_scope.cancel)
         data.namespace = volume.namespace = namespace = Namespace(
             core, store, table, StandaloneLeases(),
             verify_s=volume.policy.verify_s,
@@ -116,15 +122,12 @@ async def open_volume(
         await namespace.start(kernel_is_new=kernel_is_new)
         await background.start(data.write_behind.run)
         background.start_soon(_watch_loop_lag)
-        try:
-            yield volume
-        finally:
-            background.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await store.commit()
-                store.close()
-                await pages.close()
-                await volume.write_behind.close()
+        yield volume
+
+
+async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
+    with trio.CancelScope(shield=True):
+        await close()
 
 
 class _Successors:

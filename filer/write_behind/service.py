@@ -484,6 +484,8 @@ class WriteBehind:
         failure: FilerError | None = None
         try:
             outcome = await self._flusher.flush(inode)
+            # A flush that a crash forgets is done again, over what others have written since.
+            await self._store.sync_if_possible()
         except (Refused, Corrupt) as error:
             failure = error
             number = error.errno if isinstance(error, Refused) else errno.EIO

@@ -57,14 +57,14 @@ class World:
     async def volume(self):
         """One life of the volume; leaving the block is the death of its process."""
         async with AsyncExitStack() as stack:
-            background = await stack.enter_async_context(trio.open_nursery())
-            stack.callback(background.cancel_scope.cancel)
             kernel = RecordingKernelCaches()
             self.store = NameStore(self.path / "names")
             stack.callback(self.store._environment.close)
             self.pages = await PageStore.open(
                 self.path / "pages", CacheSettings(capacity_bytes=64 * MIB), boot_id="b")
             stack.push_async_callback(self.pages.close)
+            background = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(background.cancel_scope.cancel)
             self.data = data = FileData(
                 self.core, self.pages, POLICY, kernel, wall_clock_ns=self.now_ns)
             data.write_behind = await WriteBehind.open(
@@ -99,6 +99,7 @@ class Client:
         self.files: dict[bytes, bytes] = {}
         self.possible: dict[bytes, list[bytes]] = {}
         """What a crash of the machine may leave: every content since the last sync."""
+        self.history: list[str] = []
 
     def _name(self) -> bytes:
         return b"c%d-%d" % (self.number, self.random.randrange(self.NAMES))
@@ -117,10 +118,12 @@ class Client:
             ["write", "read", "truncate", "sync", "flush", "evict", "unlink", "rename", "foreign",
              "chmod", "times"],
             [30, 40, 8, 6, 3, 3, 3, 5, 3, 3, 3])[0]
+        self.history.append(f"{trio.current_time():.1f} {action} {name!r}")
         await getattr(self, f"_{action}")(name, inode, data, ns)
 
     def _set(self, name: bytes, content: bytes, *, is_stable: bool = False) -> None:
         self.files[name] = content
+        self.history.append(f"{trio.current_time():.1f} {name!r} = {len(content)} {is_stable}")
         self.possible[name] = [content] if is_stable else [*self.possible.get(name, []), content]
 
     async def _write(self, name: bytes, inode: Inode, data: FileData, ns: Namespace) -> None:
@@ -199,7 +202,8 @@ class Client:
     def after_machine_crash(self, read: dict[bytes, bytes]) -> None:
         for name, content in read.items():
             assert content in self.possible[name], (
-                name, [_difference(content, possible) for possible in self.possible[name]])
+                name, [_difference(content, possible) for possible in self.possible[name]],
+                "\n".join(h for h in self.history if repr(name) in h or "rename" in h))
             self._set(name, content, is_stable=True)
 
 
