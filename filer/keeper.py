@@ -57,6 +57,7 @@ _PR_SET_PDEATHSIG = 1
 _STABLE_AFTER_S = 30.0
 _REPLACE_TIMEOUT_S = 30.0
 _LOOK_AT_SERVER_EVERY_S = 0.25
+_STUCK_AFTER_S = 1.0
 _ERROR_LINE_BYTES_MAX = 2000
 
 
@@ -100,7 +101,7 @@ class Keeper:
         self._is_ready = False
         self._scan = False
         self._last_line = b""
-        self._lingering: list[subprocess.Popen[bytes]] = []
+        self._zombie_since = float("inf")
         self._server: subprocess.Popen[bytes] | None = None
         # Not PR_SET_PDEATHSIG: that fires when the *thread* that started us ends.
         parent = os.getppid()
@@ -194,6 +195,7 @@ class Keeper:
         sent: set[signal.Signals] = set()
         replace_before = float("inf")
         while (status := self._wait_status(server)) is None:
+            self._free_if_stuck(server)
             if self._stop and signal.SIGTERM not in sent:
                 sent.add(signal.SIGTERM)
                 self._enter("stopping")
@@ -238,25 +240,30 @@ class Keeper:
         return status
 
     def _wait_status(self, server: subprocess.Popen[bytes]) -> int | None:
-        """The wait status if the server is dead, even if the kernel has not let go of it yet.
-
-        A thread of the server may be blocked in the kernel on a request that the server itself
-        should have answered (invalidating a name waits for a LOOKUP in the same directory).
-        Then the process cannot be reaped before its successor has answered that request.  Its
-        main thread, the only one that answers requests, being a zombie is all we need.
-        """
-        for other in list(self._lingering):
-            if other.poll() is not None:
-                self._lingering.remove(other)
-        if server.poll() is not None:
-            code = server.returncode
-            return -code if code < 0 else code << 8
-        with open(f"/proc/{server.pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        if fields[0] != b"Z":
+        """The wait status if the server is dead."""
+        if server.poll() is None:
             return None
-        self._lingering.append(server)
-        return int(fields[-1])
+        code = server.returncode
+        return -code if code < 0 else code << 8
+
+    def _free_if_stuck(self, server: subprocess.Popen[bytes]) -> None:
+        """Let a server die that waits in the kernel for an answer of its own.
+
+        Dropping a name waits for a directory's lock, which a LOOKUP in that directory holds until
+        it is answered.  Killed at that moment, the server stays half dead (its main thread a
+        zombie, its files and locks still held), so no other one can be started to answer.  Its
+        requests are answered EAGAIN then, whatever the kernel could do better otherwise.
+        """
+        with open(f"/proc/{server.pid}/stat", "rb") as file:
+            is_zombie = file.read().rpartition(b")")[2].split()[0] == b"Z"
+        if not is_zombie:
+            self._zombie_since = float("inf")
+        elif self._zombie_since == float("inf"):
+            self._zombie_since = time.monotonic()
+        elif time.monotonic() - self._zombie_since > _STUCK_AFTER_S and self._is_ready:
+            self._say("the server cannot die: its requests are answered EAGAIN")
+            self._scan = self._connection.retry_in_flight(resend=False)
+            self._zombie_since = float("inf")
 
     def _back_off(self, delay_s: float) -> None:
         if delay_s == 0 or self._stop:

@@ -124,8 +124,14 @@ class FuseSession:
         self._loop.stop()
 
     def close(self) -> None:
-        """Give the session back to libfuse; the mount stays.  Stop notifying the kernel first."""
-        pyfuse3.close(unmount=False)
+        """Let go of the connection; the mount stays.
+
+        Not pyfuse3.close(): libfuse would free what a thread that still waits in a notification
+        comes back to.
+        """
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, self._fd, inheritable=False)
+        os.close(null)
 
 
 def _with_parallel_lookups(answer: bytes, request: bytes) -> bytes:

@@ -16,6 +16,7 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ class TinyFs(pyfuse3.Operations):
         await self._depart("lookup", name)
         return entry
 
-    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
             self.counts.decrement(inode, count)
 

@@ -136,7 +136,7 @@ async def serve(directory: Path, mount: KeptMount) -> None:
                 session.stop()
                 break
             nursery.cancel_scope.cancel()
-    # Not session.close(): a notifier thread may still be at work.
+    session.close()
 
 
 def main() -> None:
