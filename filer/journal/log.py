@@ -54,8 +54,6 @@ from filer.journal.recovery import FIRST_LSN, Recovered, Recovery
 _log = structlog.get_logger(__name__)
 
 _RECOVERY_READ_BYTES = 8 << 20
-_BODIES_BYTES_MAX = 1024
-"""Room for what is not data in the few records of one append."""
 _BATCH_BYTES_MAX = 16 << 20
 """Of one write: bounds the time an append waits for those before it."""
 _WRITE_OUT_BYTES = 8 << 20
@@ -233,6 +231,10 @@ class Log:
         """
         logged = self._append_now(records)
         if logged is not None:
+            segment = self._active
+            if segment is not None and segment.end - segment.hinted_end >= _WRITE_OUT_BYTES:
+                with trio.CancelScope(shield=True):
+                    await self._start_write_out(segment)
             return logged
         pending = _Pending(records)
         self._queue.append(pending)
@@ -260,7 +262,7 @@ class Log:
         if self._is_writing or segment is None or self._is_full(segment):
             return None
         data_bytes = sum(len(record.data) for record in records if isinstance(record, Write))
-        if data_bytes + _BODIES_BYTES_MAX > segment.file.inline_bytes_max:
+        if not segment.file.can_write_now(data_bytes):
             return None
         batch = _Batch(segment.end)
         self._encode_into(batch, records)
@@ -301,9 +303,12 @@ class Log:
             if pending.turn is not None:
                 pending.turn.set()
         del self._queue[: len(batch.logged)]
-        if batch.end - segment.hinted_end >= _WRITE_OUT_BYTES:
-            hinted, segment.hinted_end = segment.hinted_end, batch.end
-            await segment.file.start_write_out(hinted - segment.first, batch.end - segment.first)
+        if segment.end - segment.hinted_end >= _WRITE_OUT_BYTES:
+            await self._start_write_out(segment)
+
+    async def _start_write_out(self, segment: _Segment) -> None:
+        start, segment.hinted_end = segment.hinted_end, segment.end
+        await segment.file.start_write_out(start - segment.first, segment.end - segment.first)
 
     def _encode_into(self, batch: _Batch, records: Sequence[Record]) -> None:
         stable_end, now_ns = self.stable_end, self._wall_clock_ns()

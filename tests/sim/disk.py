@@ -56,9 +56,8 @@ class SimFile:
         self._generation = disk.generation
         self._is_closed = False
 
-    @property
-    def inline_bytes_max(self) -> int:
-        return self._disk.inline_bytes_max
+    def can_write_now(self, byte_count: int) -> bool:
+        return byte_count <= self._disk.inline_bytes_max
 
     async def write(self, start: int, buffers: Sequence[Buffer]) -> None:
         await self._arrive()
@@ -132,7 +131,7 @@ class SimDisk:
     def __init__(self, seed: int = 0) -> None:
         self.random = Random(seed)
         self.generation = 0
-        self.inline_bytes_max = 0 if seed % 2 == 0 else 2000
+        self.inline_bytes_max = -1 if seed % 2 == 0 else 2000
         self.capacity_bytes: int | None = None
         self.fail_writes = 0
         self.fail_reads = 0
