@@ -108,7 +108,10 @@ class OperationRecords:
         return range(_SLOT_BYTES, (1 + _SLOTS) * _SLOT_BYTES, _SLOT_BYTES)
 
     def begin(self, unique: int) -> Repeat | None:
-        """Record that the request *unique* is begun; ``None`` if that is the first time."""
+        """Record that the request *unique* is begun; ``None`` if that is the first time.
+
+        If the answer ``is_done``, give it; ``done`` need not be called.
+        """
         repeat = None
         if unique & UNIQUE_RESEND:
             unique ^= UNIQUE_RESEND
@@ -117,7 +120,10 @@ class OperationRecords:
             if slot is not None and self._unique_at(slot) == unique:
                 repeat = self._read(slot)
                 self._reusable.remove(slot)
-                self._in_progress[unique] = slot
+                if repeat.is_done:  # nothing will be added, but a third server may ask
+                    self._reusable.append(slot)
+                else:
+                    self._in_progress[unique] = slot
         if repeat is None:
             self._start(unique)
         return repeat
@@ -129,15 +135,14 @@ class OperationRecords:
         """
         slot = self._in_progress.pop(unique & ~UNIQUE_RESEND, None)
         if slot is None:
-            return  # overtaken, see _start
-        if self._file[slot] != _DONE:
-            assert len(payload) <= PAYLOAD_BYTES_MAX
-            part = _DONE_PART.pack(errno, len(payload))
-            crc = _CRC.pack(zlib.crc32(payload, zlib.crc32(part)))
-            at = slot + _DONE_AT
-            record = part + crc + payload
-            self._file[at : at + len(record)] = record
-            self._file[slot] = _DONE
+            return  # answered by an earlier server, or overtaken (see _start)
+        assert len(payload) <= PAYLOAD_BYTES_MAX
+        part = _DONE_PART.pack(errno, len(payload))
+        crc = _CRC.pack(zlib.crc32(payload, zlib.crc32(part)))
+        at = slot + _DONE_AT
+        record = part + crc + payload
+        self._file[at : at + len(record)] = record
+        self._file[slot] = _DONE
         self._reusable.append(slot)
 
     def close(self) -> None:

@@ -59,6 +59,9 @@ def test_a_repeat_can_be_repeated_again_and_again(path, records):
         after = reopened(path)
         assert after.begin(10 | UNIQUE_RESEND) == Repeat(True, 0, b"x")
         after.done(10 | UNIQUE_RESEND, 0, b"ignored: the first answer stands")
+        for unique in range(1000, 5000, 2):
+            after.begin(unique)
+            after.done(unique, 0)
 
 
 def test_another_mount_starts_empty(path, records):
