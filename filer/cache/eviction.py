@@ -168,15 +168,16 @@ class Eviction:
         self._free.append(entry)
 
     def victims(
-        self, bytes_wanted: int, pinned: Container[int] = (), *, count_wanted: int = 0
+        self, bytes_wanted: int, pinned: Container[int] = (), *, count_wanted: int = 0,
+        count_max: int | None = None,
     ) -> list[int]:
         """Take out *count_wanted* entries or more, of at least *bytes_wanted* together; fewer
-        if the rest is pinned.
+        if the rest is pinned, or *count_max* is reached.
 
         The entries are free for reuse at once: read what belongs to them before the next `add`.
         """
         chosen: list[int] = []
-        while bytes_wanted > 0 or len(chosen) < count_wanted:
+        while (bytes_wanted > 0 or len(chosen) < count_wanted) and len(chosen) != count_max:
             entry = self._next_victim(pinned)
             if entry is None:
                 break

@@ -22,37 +22,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import shutil
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import trio
 
 from filer import metrics
-from filer.cache.eviction import Eviction, bytes_to_evict
-from filer.cache.files import GENERATION_SHIFT, BadBlock, Buffer, ChunkFiles, Stored
-from filer.cache.index import ChunkIndex, IndexFailed
+from filer.cache.catalog import Catalog, Writer
+from filer.cache.eviction import bytes_to_evict
+from filer.cache.files import BadBlock, Buffer, ChunkFiles, Stored
+from filer.cache.index import IndexFailed
 from filer.cache.layout import (
     CHUNK_BYTES,
-    KEY_BYTES,
     PAGE_BYTES,
     PAGES_PER_CHUNK,
     ChunkRecord,
     FileKey,
     chunk_key,
     file_prefix,
-    fingerprint,
     inode_prefix,
 )
 from filer.cache.opening import CHUNKS_MAX, close_cleanly, load, lock_directory, write_state
-from filer.errors import Corrupt, Misconfigured
+from filer.errors import Misconfigured
 from filer.ids import InodeId
 from filer.settings import CacheSettings
 
@@ -62,7 +59,8 @@ FORMAT = 1
 READERS_MAX, WRITERS_MAX = 16, 4
 """Worker threads; apart, so that a slow write never holds up a read."""
 PROBE_S_MIN, PROBE_S_MAX = 1.0, 60.0
-UNRECORDED_MAX = 100_000
+EVICT_AT_ONCE = 512
+"""Chunks per step of an eviction, each step one transaction on the event loop (5 ms)."""
 
 Listener = Callable[[FileKey | InodeId, int, int | None], None]
 """Called as (key or inode, start, end) before those bytes change, and again afterwards if that
@@ -86,16 +84,6 @@ class PageStoreStatistics:
     degraded: str | None
 
 
-@dataclass(slots=True, eq=False)
-class _Writer:
-    """The right to change one chunk; shared by those who wait for it."""
-
-    lock: trio.Lock = field(default_factory=trio.Lock)
-    users: int = 0
-    is_void: bool = False
-    """The chunk was dropped while its file was being written: publish nothing."""
-
-
 class PageStore:
     def __init__(self, directory: Path, settings: CacheSettings, boot_id: str) -> None:
         """Use `open`."""
@@ -103,19 +91,13 @@ class PageStore:
         self._settings = settings
         self._boot_id = boot_id
         self._files = ChunkFiles(directory)
+        self._catalog = Catalog(on_failed=self._index_failed, on_discarded=self._discard)
         self._lock_descriptor: int | None = None
-        self._index: ChunkIndex | None = None
-        self._policy = Eviction()
-        self._slot_keys = bytearray()
-        self._generation = 0
-        self._serials = itertools.count()
         self._free_bytes = self._free_bytes_wanted = 0
         self._incoming_bytes = 0
-        self._writers: dict[bytes, _Writer] = {}
-        self._pinned: dict[int, int] = {}
-        self._unrecorded: set[bytes] = set()
-        """Prefixes of chunks whose invalidation did not reach the index."""
+        self._room_lock = trio.Lock()
         self._garbage: deque[tuple[int, int | None]] = deque()
+        """Serials and open descriptors of files to unlink."""
         self._orphans_of: array[int] | None = None
         """The serials in use at the start, until files with others have been removed."""
         self._work = trio.Event()
@@ -162,9 +144,9 @@ class PageStore:
         """Make the cache durable and record a clean shutdown."""
         with trio.CancelScope(shield=True):
             await self._unlink_garbage()
-            index, self._index = self._index, None
+            index = self._catalog.detach()
             if index is not None:
-                boot_id = "" if self._unrecorded else self._boot_id
+                boot_id = self._boot_id if self._catalog.is_complete else ""
                 await trio.to_thread.run_sync(close_cleanly, self._directory, index, boot_id)
             self._files.close()
             if self._lock_descriptor is not None:
@@ -182,8 +164,9 @@ class PageStore:
 
     def statistics(self) -> PageStoreStatistics:
         return PageStoreStatistics(
-            self._policy.bytes, self._settings.capacity_bytes, self._policy.count,
-            self._corrupt_pages, self._evicted_bytes, self._writes_dropped, self._degraded,
+            self._catalog.cached_bytes, self._settings.capacity_bytes, self._catalog.chunk_count,
+            self._corrupt_pages + self._catalog.damaged_records, self._evicted_bytes,
+            self._writes_dropped, self._degraded,
         )
 
     # -- reading ------------------------------------------------------------------------------
@@ -220,7 +203,7 @@ class PageStore:
         """Indexes of the pages that are not valid for all their bytes within ``[start, end)``."""
         pages: list[int] = []
         for chunk, low, high in _spans(start, end):
-            record = self._get(chunk_key(key, chunk))
+            record = self._catalog.get(chunk_key(key, chunk))
             for page in range(low // PAGE_BYTES, (high - 1) // PAGE_BYTES + 1):
                 wanted = min(high - page * PAGE_BYTES, PAGE_BYTES)
                 if record is None or record.lengths[page] < wanted:
@@ -228,7 +211,7 @@ class PageStore:
         return pages
 
     def cached_bytes(self, key: FileKey) -> int:
-        return sum(r.valid_bytes for _, r in self._scan(file_prefix(key)) if r is not None)
+        return sum(r.valid_bytes for _, r in self._catalog.scan(file_prefix(key)) if r is not None)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -239,7 +222,7 @@ class PageStore:
         """
         assert 0 < len(data) <= PAGE_BYTES
         packed = chunk_key(key, page // PAGES_PER_CHUNK)
-        async with self._changing(packed) as writer:
+        async with self._catalog.changing(packed) as writer:
             await self._write_page(writer, packed, page % PAGES_PER_CHUNK, data)
 
     async def update(self, key: FileKey, start: int, data: Buffer, size: int) -> None:
@@ -255,11 +238,8 @@ class PageStore:
         view = memoryview(data)
         for chunk, low, high in _spans(start, start + len(data)):
             packed = chunk_key(key, chunk)
-            if self._index is None:
-                self._remember(packed)
-                continue
             base = chunk * CHUNK_BYTES
-            async with self._changing(packed) as writer:
+            async with self._catalog.changing(packed) as writer:
                 for page in range(low // PAGE_BYTES, (high - 1) // PAGE_BYTES + 1):
                     page_start = page * PAGE_BYTES
                     first, last = max(low, page_start), min(high, page_start + PAGE_BYTES)
@@ -271,6 +251,8 @@ class PageStore:
                         await self._write_page(writer, packed, page, piece)
                     else:
                         await self._change_page(writer, packed, page, first - page_start, piece)
+            if writer.is_void or not self._catalog.is_online:
+                self._catalog.drop(packed)  # what this chunk holds now may lack our bytes
         self._tell(key, start, start + len(data))
 
     def drop_from(self, key: FileKey, start: int) -> None:
@@ -278,47 +260,39 @@ class PageStore:
         self._tell(key, start, None)
         chunk, page = divmod(start // PAGE_BYTES, PAGES_PER_CHUNK)
         boundary = chunk_key(key, chunk)
-        record = self._get(boundary) if page else None
-        if record is None or boundary in self._writers:
-            self._drop_prefix(file_prefix(key), boundary)
+        record = self._catalog.get(boundary) if page else None
+        if record is None or self._catalog.is_changing(boundary):
+            self._catalog.drop(file_prefix(key), boundary)
             return
-        for later in range(page, PAGES_PER_CHUNK):
-            record = record.with_page(later, 0, b"")
-        self._apply([(boundary, record)], [])
-        self._drop_prefix(file_prefix(key), chunk_key(key, chunk + 1))
+        self._catalog.void_pages(boundary, record, range(page, PAGES_PER_CHUNK))
+        self._catalog.drop(file_prefix(key), chunk_key(key, chunk + 1))
 
     def drop(self, key: FileKey) -> None:
         """Forget this state of the file."""
         self._tell(key, 0, None)
-        self._drop_prefix(file_prefix(key))
+        self._catalog.drop(file_prefix(key))
 
     def drop_inode(self, inode: InodeId) -> None:
         """Forget all states of the file."""
         self._tell(inode, 0, None)
-        self._drop_prefix(inode_prefix(inode))
+        self._catalog.drop(inode_prefix(inode))
 
     async def evict(self, bytes_wanted: int, *, count_wanted: int = 0) -> int:
         """Drop clean chunks the policy can best do without.  Returns: bytes freed."""
-        index = self._index
-        if index is None:
-            return 0
-        victims = self._policy.victims(bytes_wanted, self._pinned, count_wanted=count_wanted)
-        freed, doomed = 0, []
-        for slot in victims:
-            packed = bytes(self._slot_keys[slot * KEY_BYTES : (slot + 1) * KEY_BYTES])
-            record = self._get(packed)
-            if record is not None and record.slot == slot:
-                freed += record.valid_bytes
-                doomed.append((packed, record))
-        if not self._record((), [packed for packed, _ in doomed]):
-            return 0
-        for _, record in doomed:
-            self._discard(record.serial)
+        freed, count = 0, self._catalog.chunk_count
+        while True:
+            before = self._catalog.chunk_count
+            freed += self._catalog.evict(
+                bytes_wanted - freed, count_wanted - (count - before), EVICT_AT_ONCE)
+            await self._unlink_garbage()
+            done = count - self._catalog.chunk_count
+            if (freed >= bytes_wanted and done >= count_wanted) or (
+                before == self._catalog.chunk_count
+            ):
+                break
         self._evicted_bytes += freed
         self._free_bytes += freed
         metrics.CACHE_EVICTIONS.inc(freed)
-        self._show_bytes()
-        await self._unlink_garbage()
         return freed
 
     # -- reading: parts -----------------------------------------------------------------------
@@ -328,7 +302,7 @@ class PageStore:
         parts = []
         for chunk, low, high in _spans(start, end):
             packed = chunk_key(key, chunk)
-            record = self._get(packed)
+            record = self._catalog.get(packed)
             if record is None or not record.covers(low, high):
                 return None
             parts.append((packed, record, low, high))
@@ -336,7 +310,7 @@ class PageStore:
 
     def _touch(self, parts: list[_Part]) -> None:
         for _, record, _, _ in parts:
-            self._policy.touch(record.slot, trio.current_time())
+            self._catalog.touch(record, trio.current_time())
 
     def _read_cached(self, parts: list[_Part]) -> Buffer | None:
         data = []
@@ -355,7 +329,7 @@ class PageStore:
         """``None``: it went wrong and was dealt with; look the records up again."""
         data = []
         for packed, record, low, high in parts:
-            with self._pin(record.slot):
+            with self._catalog.pinned(record):
                 try:
                     piece, descriptor = await trio.to_thread.run_sync(
                         self._files.read, record, low, high, limiter=self._readers_limiter
@@ -364,12 +338,12 @@ class PageStore:
                     self._drop_damaged(packed, record, bad)
                     return None
                 except OSError as error:
-                    if self._get(packed) == record:
+                    if self._catalog.get(packed) == record:
                         self._drop_damaged(packed, record, error)
                         if not isinstance(error, FileNotFoundError):
                             self._fail(f"reading a page: {error.strerror}")
                     return None
-            if self._get(packed) == record:
+            if self._catalog.get(packed) == record:
                 self._files.keep(record.serial, descriptor)
             else:
                 os.close(descriptor)
@@ -378,100 +352,76 @@ class PageStore:
 
     def _drop_damaged(self, packed: bytes, record: ChunkRecord, error: Exception) -> None:
         """Make invalid what turned out to be damaged, unless it was changed meanwhile."""
-        if self._get(packed) != record:
+        if self._catalog.get(packed) != record:
             return
         if isinstance(error, BadBlock):
             pages = [error.offset // PAGE_BYTES]
         else:
             pages = [page for page, length in enumerate(record.lengths) if length]
-        self._corrupt_pages += len(pages)
-        metrics.CACHE_CORRUPT.inc(len(pages))
+        self._count_corrupt(len(pages))
         log.warning("cached page damaged", chunk=packed.hex(), pages=pages, error=str(error))
-        remaining = record
-        for page in pages:
-            remaining = remaining.with_page(page, 0, b"")
-        self._apply([(packed, remaining)], [])
+        self._catalog.void_pages(packed, record, pages)
 
     # -- writing: parts -----------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _changing(self, packed: bytes) -> AsyncIterator[_Writer]:
-        """Be the only one to change the chunk.
-
-        If it is dropped while this waits, the writer comes void: its bytes are from before.
-        """
-        writer = self._writers.setdefault(packed, _Writer())
-        writer.users += 1
-        try:
-            async with writer.lock:
-                yield writer
-        finally:
-            writer.users -= 1
-            if not writer.users and self._writers.get(packed) is writer:
-                del self._writers[packed]
-
     async def _write_page(
-        self, writer: _Writer, packed: bytes, page: int, data: Buffer
+        self, writer: Writer, packed: bytes, page: int, data: Buffer
     ) -> None:
         """Write a page that need not be valid before."""
         if writer.is_void:
             return
-        record = self._get(packed)
+        record = self._catalog.get(packed)
         if record is not None and record.lengths[page]:
-            self._publish(packed, record.with_page(page, 0, b""))
+            self._catalog.publish(packed, record.with_page(page, 0, b""))
         if self._degraded or not await self._make_room(len(data)):
             self._writes_dropped += 1
             return
         if writer.is_void:
             return
         # Looked up again: making room may have taken this very chunk, which is not pinned yet.
-        record = self._get(packed)
+        record = self._catalog.get(packed)
         is_new = record is None
         if record is None:
-            serial = self._generation << GENERATION_SHIFT | next(self._serials)
-            record = ChunkRecord.empty(serial, self._add_slot(packed))
-        serial, policy = record.serial, self._policy
-        stored = None
+            record = self._catalog.create(packed, trio.current_time())
+        serial, stored = record.serial, None
         self._incoming_bytes += len(data)
         try:
-            with self._pin(record.slot):
+            with self._catalog.pinned(record):
                 stored = await self._in_writer_thread(
                     lambda: self._files.write(serial, page * PAGE_BYTES, data)
                 )
         finally:
             self._incoming_bytes -= len(data)
-            if is_new and (stored is None or writer.is_void) and policy is self._policy:
-                policy.remove(record.slot)
-            if writer.is_void or (is_new and stored is None):
-                self._discard(serial)
+            if is_new and (stored is None or writer.is_void):
+                self._catalog.abandon(record)
+            elif writer.is_void:
+                self._discard(serial)  # again: the thread may have made the file anew
         self._finish(writer, packed, record, page, stored)
 
     async def _change_page(
-        self, writer: _Writer, packed: bytes, page: int, start: int, data: Buffer
+        self, writer: Writer, packed: bytes, page: int, start: int, data: Buffer
     ) -> None:
         """Change bytes in the middle of a page; only a valid one can stay valid."""
-        record = None if writer.is_void else self._get(packed)
+        record = None if writer.is_void else self._catalog.get(packed)
         if record is None or not record.lengths[page] or start > record.lengths[page]:
             return
-        before, invalid = record, record.with_page(page, 0, b"")
-        self._publish(packed, invalid)
-        if self._degraded or writer.is_void:
+        before = record
+        self._catalog.publish(packed, record.with_page(page, 0, b""))
+        if self._degraded:
             self._writes_dropped += 1
             return
         try:
-            with self._pin(record.slot):
+            with self._catalog.pinned(before):
                 stored = await self._in_writer_thread(
                     lambda: self._files.overwrite(before, page, start, data)
                 )
         except BadBlock:
-            self._corrupt_pages += 1
-            metrics.CACHE_CORRUPT.inc()
+            self._count_corrupt(1)
             return
-        current = self._get(packed)
-        self._finish(writer, packed, invalid if current is None else current, page, stored)
+        self._finish(writer, packed, before, page, stored)
 
     def _finish(
-        self, writer: _Writer, packed: bytes, record: ChunkRecord, page: int,
+        self, writer: Writer, packed: bytes, record: ChunkRecord, page: int,
         stored: Stored | None,
     ) -> None:
         """The bytes are on the disk: say so in the index."""
@@ -482,9 +432,9 @@ class PageStore:
             os.close(stored.descriptor)
             return
         self._files.keep(record.serial, stored.descriptor)
-        # Only drops and damage can have changed the record while this writer held the chunk.
-        current = self._get(packed) or record
-        self._publish(packed, current.with_page(page, stored.length, stored.digests))
+        # While this writer held the chunk, only damage can have changed other pages' validity.
+        current = self._catalog.get(packed) or record
+        self._catalog.publish(packed, current.with_page(page, stored.length, stored.digests))
 
     async def _in_writer_thread(self, function: Callable[[], Stored]) -> Stored | None:
         """``None``: the cache disk would not take it.  Raises: BadBlock."""
@@ -494,137 +444,39 @@ class PageStore:
             self._writes_dropped += 1
             self._fail(f"writing a page: {error.strerror}")
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                await self.evict(max(self._policy.bytes // 50, 2 * CHUNK_BYTES))
+                await self.evict(max(self._catalog.cached_bytes // 50, 2 * CHUNK_BYTES))
             return None
 
     async def _make_room(self, incoming_bytes: int) -> bool:
-        settings = self._settings
-        if incoming_bytes > settings.capacity_bytes:
+        if incoming_bytes > self._settings.capacity_bytes:
             return False
+        if self._room_wanted(incoming_bytes) == (0, 0):
+            return True
+        async with self._room_lock:  # one eviction makes room for all who wait
+            wanted, count_wanted = self._room_wanted(incoming_bytes)
+            if wanted or count_wanted:
+                await self.evict(wanted, count_wanted=count_wanted)
+        if self._free_bytes < self._free_bytes_wanted + incoming_bytes:
+            self._fail("cache disk full: other files leave no room")
+            return False
+        used = self._catalog.cached_bytes + self._incoming_bytes
+        return used + incoming_bytes <= self._settings.capacity_bytes
+
+    def _room_wanted(self, incoming_bytes: int) -> tuple[int, int]:
+        """Bytes and chunks to evict before *incoming_bytes* may come."""
+        settings = self._settings
         wanted = bytes_to_evict(
-            self._policy.bytes + self._incoming_bytes, incoming_bytes,
+            self._catalog.cached_bytes + self._incoming_bytes, incoming_bytes,
             capacity_bytes=settings.capacity_bytes, high_water=settings.high_water,
             low_water=settings.low_water,
         )
         shortage = self._free_bytes_wanted + incoming_bytes - self._free_bytes
-        count_wanted = CHUNKS_MAX // 100 if self._policy.count >= CHUNKS_MAX else 0
-        if max(wanted, shortage, count_wanted) <= 0:
-            return True
-        await self.evict(max(wanted, shortage), count_wanted=count_wanted)
-        if self._free_bytes < self._free_bytes_wanted + incoming_bytes:
-            self._fail("cache disk full: other files leave no room")
-            return False
-        used = self._policy.bytes + self._incoming_bytes
-        return used + incoming_bytes <= settings.capacity_bytes
+        too_many = self._catalog.chunk_count >= CHUNKS_MAX
+        return max(wanted, shortage, 0), CHUNKS_MAX // 100 if too_many else 0
 
-    def _add_slot(self, packed: bytes) -> int:
-        slot = self._policy.add(fingerprint(packed), 0, trio.current_time())
-        at = slot * KEY_BYTES
-        if at == len(self._slot_keys):
-            self._slot_keys += packed
-        else:
-            self._slot_keys[at : at + KEY_BYTES] = packed
-        return slot
-
-    @contextmanager
-    def _pin(self, slot: int) -> Iterator[None]:
-        """Keep the chunk from being evicted."""
-        pinned = self._pinned
-        pinned[slot] = pinned.get(slot, 0) + 1
-        try:
-            yield
-        finally:
-            pinned[slot] -= 1
-            if not pinned[slot]:
-                del pinned[slot]
-
-    # -- index --------------------------------------------------------------------------------
-
-    def _get(self, packed: bytes) -> ChunkRecord | None:
-        if self._index is None:
-            return None
-        try:
-            return self._index.get(packed)
-        except Corrupt as error:
-            self._corrupt_pages += 1
-            metrics.CACHE_CORRUPT.inc()
-            log.warning("index record damaged", chunk=packed.hex(), error=str(error))
-            self._record((), [packed])
-        except IndexFailed as error:
-            self._go_offline(str(error))
-        return None
-
-    def _scan(
-        self, prefix: bytes, start: bytes = b""
-    ) -> list[tuple[bytes, ChunkRecord | None]]:
-        if self._index is None:
-            return []
-        try:
-            return list(self._index.scan(prefix, start))
-        except IndexFailed as error:
-            self._go_offline(str(error))
-            return []
-
-    def _record(
-        self, puts: Sequence[tuple[bytes, ChunkRecord]], deletes: Sequence[bytes]
-    ) -> bool:
-        """Change the index; ``False``: it failed, and the store is offline until this is made
-        good."""
-        if self._index is not None:
-            try:
-                self._index.change(puts, deletes)
-                return True
-            except IndexFailed as error:
-                self._go_offline(str(error))
-        self._remember(*deletes, *(packed for packed, _ in puts))
-        return False
-
-    def _publish(self, packed: bytes, record: ChunkRecord) -> None:
-        if self._record([(packed, record)], ()):
-            self._policy.resize(record.slot, record.valid_bytes)
-            self._show_bytes()
-
-    def _apply(
-        self, kept: list[tuple[bytes, ChunkRecord]],
-        doomed: list[tuple[bytes, ChunkRecord | None]],
-    ) -> None:
-        """Record pages that became void; chunks of which nothing is left go."""
-        doomed = doomed + [item for item in kept if not item[1].valid_bytes]
-        kept = [item for item in kept if item[1].valid_bytes]
-        for packed, _ in doomed:
-            writer = self._writers.pop(packed, None)
-            if writer is not None:
-                writer.is_void = True
-        if not self._record(kept, [packed for packed, _ in doomed]):
-            return
-        for _, record in kept:
-            self._policy.resize(record.slot, record.valid_bytes)
-        for _, gone in doomed:
-            if gone is not None:
-                self._policy.remove(gone.slot)
-                self._discard(gone.serial)
-        self._show_bytes()
-
-    def _drop_prefix(self, prefix: bytes, start: bytes = b"") -> None:
-        """Void every chunk under *prefix* (from *start* on), written or being written."""
-        if self._index is None:
-            self._remember(prefix)
-        for packed in [p for p in self._writers if p.startswith(prefix) and p >= start]:
-            self._writers.pop(packed).is_void = True
-        self._apply([], self._scan(prefix, start))
-
-    def _remember(self, *prefixes: bytes) -> None:
-        """These must not be answered from the index when it is back."""
-        self._unrecorded.update(prefixes)
-        if len(self._unrecorded) > UNRECORDED_MAX:
-            self._unrecorded = {b""}
-
-    def _discard(self, serial: int) -> None:
-        self._garbage.append((serial, self._files.release(serial)))
-        self._work.set()
-
-    def _show_bytes(self) -> None:
-        metrics.CACHE_BYTES.set(self._policy.bytes)
+    def _count_corrupt(self, pages: int) -> None:
+        self._corrupt_pages += pages
+        metrics.CACHE_CORRUPT.inc(pages)
 
     def _tell(self, target: FileKey | InodeId, start: int, end: int | None) -> None:
         for listener in self._listeners:
@@ -642,15 +494,9 @@ class PageStore:
         self._probe_at = trio.current_time() + self._probe_s
         self._work.set()
 
-    def _go_offline(self, reason: str) -> None:
-        """The index failed: answer nothing until it was opened anew."""
+    def _index_failed(self, reason: str) -> None:
+        """The catalog is offline: nothing is answered until the index was opened anew."""
         self._fail(reason)
-        index, self._index = self._index, None
-        if index is not None:
-            index.close()
-        for writer in self._writers.values():
-            writer.is_void = True
-        self._writers.clear()
         with contextlib.suppress(OSError):
             # A process that dies now must not leave its successor an index that lacks our
             # latest invalidations.
@@ -658,17 +504,13 @@ class PageStore:
 
     async def _probe(self) -> None:
         try:
-            free_bytes = await trio.to_thread.run_sync(self._files.probe)
-            self._free_bytes = free_bytes
-            if self._index is None:
+            self._free_bytes = await trio.to_thread.run_sync(self._files.probe)
+            if not self._catalog.is_online:
                 await self._load(is_trusted=True)
-            else:
-                self._index.next_generation()  # a write like any other; numbers may be skipped
+            self._catalog.check_writable()
             if self._free_bytes < self._free_bytes_wanted + PAGE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except IndexFailed as error:
-            self._go_offline(str(error))
-        except Misconfigured as error:
+        except (IndexFailed, Misconfigured) as error:
             self._degraded = str(error)
         except OSError as error:
             self._degraded = f"cache disk: {error.strerror}"
@@ -680,6 +522,10 @@ class PageStore:
         self._probe_s = min(2 * self._probe_s, PROBE_S_MAX)
         self._probe_at = trio.current_time() + self._probe_s
 
+    def _discard(self, serial: int) -> None:
+        self._garbage.append((serial, self._files.release(serial)))
+        self._work.set()
+
     async def _unlink_garbage(self) -> None:
         while self._garbage:
             doomed = [self._garbage.popleft() for _ in range(min(len(self._garbage), 1000))]
@@ -690,7 +536,7 @@ class PageStore:
         """After a start: remove files that no record names, and what was set aside."""
         known, self._orphans_of = self._orphans_of, None
         assert known is not None
-        generation = self._generation
+        generation = self._catalog.generation
 
         def sweep() -> None:
             shutil.rmtree(self._directory / "discarded", ignore_errors=True)
@@ -709,16 +555,11 @@ class PageStore:
         loaded = await trio.to_thread.run_sync(
             lambda: load(self._directory, self._files, self._boot_id, is_trusted=is_trusted)
         )
-        self._index, self._policy = loaded.index, loaded.policy
-        self._slot_keys, self._generation = loaded.slot_keys, loaded.generation
-        self._serials, self._pinned = itertools.count(), {}
         self._free_bytes, self._free_bytes_wanted = loaded.free_bytes, loaded.free_bytes_wanted
         self._orphans_of = loaded.serials
+        self._catalog.attach(loaded)
         self._work.set()
-        unrecorded, self._unrecorded = self._unrecorded, set()
-        for prefix in unrecorded:
-            self._drop_prefix(prefix)
-        self._show_bytes()
+
 
 def _spans(start: int, end: int) -> Sequence[tuple[int, int, int]]:
     """``[start, end)`` as (chunk, start within it, end within it)."""

@@ -437,6 +437,31 @@ async def test_invalidations_missed_while_the_index_was_away_are_made_good(
         assert await store.read(keys[3], 0, MIB) == page_bytes(0)
 
 
+async def test_updates_caught_by_the_loss_of_the_index_are_not_forgotten(
+    tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("filer.cache.index.MAP_BYTES", 256 << 10)
+    last = 0
+    async with opened(tmp_path) as store:
+        await store.write(FILE, 0, bytes(PAGE_BYTES))
+        await store.write(FILE, 1, bytes(PAGE_BYTES))
+
+        async def update_often(start: int) -> None:
+            nonlocal last
+            while not store.degraded:
+                last += 1
+                await store.update(FILE, start, bytes([last % 251]) * 100, 2 * PAGE_BYTES)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(update_often, 1000)
+            nursery.start_soon(update_often, 1000)
+            await lose_the_index(store, monkeypatch)
+        await store.update(FILE, 1000, b"\xff" * 100, 2 * PAGE_BYTES)
+        await recovered(store, mock_clock)
+
+        assert await store.read(FILE, 1000, 1100) in (None, b"\xff" * 100)
+
+
 async def test_a_process_killed_while_its_index_was_away_starts_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
