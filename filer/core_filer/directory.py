@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -56,6 +57,8 @@ _HUNG_S = 15.0
 """A call that takes longer means that the file system does not answer."""
 
 _RENAME_EXCHANGE = 2
+_PRIVATE, _PRIVATE_DIRECTORY = 0o600, 0o700
+"""Modes of what has been made but not yet given to its owner."""
 
 _LOCAL_FILE_SYSTEMS = frozenset({
     0xEF53,  # ext2, ext3, ext4
@@ -182,7 +185,7 @@ class DirectoryCoreFiler:
     ) -> Found:
         def create(directory_fd: int) -> None:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
-            os.close(os.open(name, flags, 0o600, dir_fd=directory_fd))
+            os.close(os.open(name, flags, _PRIVATE, dir_fd=directory_fd))
 
         wanted = Wanted(stat.S_IFREG | stat.S_IMODE(mode), uid, gid)
         return await self._in_thread(self._make, directory, name, create, wanted, repeated)
@@ -193,7 +196,7 @@ class DirectoryCoreFiler:
         repeated: bool = False,
     ) -> Found:
         def mkdir(directory_fd: int) -> None:
-            os.mkdir(name, 0o700, dir_fd=directory_fd)
+            os.mkdir(name, _PRIVATE_DIRECTORY, dir_fd=directory_fd)
 
         wanted = Wanted(stat.S_IFDIR | stat.S_IMODE(mode), uid, gid)
         return await self._in_thread(self._make, directory, name, mkdir, wanted, repeated)
@@ -218,7 +221,7 @@ class DirectoryCoreFiler:
             raise Refused(errno.EINVAL)
 
         def mknod(directory_fd: int) -> None:
-            os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=directory_fd)
+            os.mknod(name, stat.S_IFMT(mode) | _PRIVATE, rdev, dir_fd=directory_fd)
 
         wanted = Wanted(mode, uid, gid, rdev)
         return await self._in_thread(self._make, directory, name, mknod, wanted, repeated)
@@ -400,18 +403,21 @@ class DirectoryCoreFiler:
     ) -> Found:
         _check_new_name(name)
         with self._directory(directory) as parent:
+            is_finished = False
             try:
                 make(parent.path_fd)
             except FileExistsError:
                 if not repeated:
                     raise
                 handle, attributes = self._find(parent.path_fd, name)
-                if not wanted.looks_like(attributes) or (
+                is_finished = wanted.looks_like(attributes)
+                if not (is_finished or _looks_half_made(wanted, attributes)) or (
                     wanted.target and self._readlink(handle) != wanted.target
                 ):
                     raise
             else:
-                handle, _ = self._find(parent.path_fd, name)
+                handle, attributes = self._find(parent.path_fd, name)
+            if not is_finished:
                 with self._descriptors.use(handle) as inode:
                     # Made for root only and given away afterwards: never too open in between.
                     chown_descriptor(inode.path_fd, wanted.uid, wanted.gid)
@@ -553,6 +559,14 @@ def _handle_or_none(directory_fd: int, name: bytes) -> Handle | None:
         return Handle(name_to_handle(directory_fd, name))
     except OSError:
         return None
+
+
+def _looks_half_made(wanted: Wanted, found: Attributes) -> bool:
+    """Whether we may have died between making *found* and giving it owner and mode."""
+    mode = wanted.type | (_PRIVATE_DIRECTORY if wanted.type == stat.S_IFDIR else _PRIVATE)
+    # A set-gid directory gives its own group.
+    half = replace(wanted, mode=mode, gid=found.gid)
+    return half.looks_like(found) or replace(half, uid=os.geteuid()).looks_like(found)
 
 
 def _check_data_file(mode: int) -> None:

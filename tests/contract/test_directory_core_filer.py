@@ -105,3 +105,19 @@ async def test_a_file_system_without_handles_is_a_misconfiguration() -> None:
         async with open_core_filer("file:///proc/self/task", random=Random(1)):
             pass
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("owner", [(0, 0), (5, 6)], ids=["not given away", "mode not yet set"])
+async def test_a_repeat_finishes_what_a_killed_process_left_half_made(
+    core: CoreFiler, tmp_path: Path, owner: tuple[int, int],
+) -> None:
+    os.close(os.open(tmp_path / "f", os.O_CREAT, 0o600))
+    (tmp_path / "d").mkdir(0o700)
+    for name in ("f", "d"):
+        os.chown(tmp_path / name, *owner)
+
+    for make, name, mode in ((core.create, b"f", 0o644), (core.mkdir, b"d", 0o755)):
+        with pytest.raises(Refused):
+            await make(core.root, name, mode=mode, uid=5, gid=6)
+        made = (await make(core.root, name, mode=mode, uid=5, gid=6, repeated=True)).attributes
+        assert (made.mode & 0o7777, made.uid, made.gid) == (mode, 5, 6)
