@@ -68,6 +68,7 @@ class Volume:
         metrics.DIRTY_OLDEST_S.set(dirty.oldest_dirty_s or 0.0)
         metrics.CACHE_BYTES.set(pages.cached_bytes)
         metrics.CACHE_DEGRADED.set(1 if self.pages.degraded else 0)
+        metrics.INODES.set(len(self.namespace.table))
         metrics.CORE_REACHABLE.set(1 if self.core.state().reachable else 0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
@@ -18,7 +19,6 @@ import xxhash
 from filer.core_filer.base import Attributes, Found, Handle
 from filer.errors import Refused
 from filer.ids import ROOT_INODE, DataVersion, InodeId
-from filer.metrics import INODES
 from filer.namespace.inode import NEVER, Change, Inode
 from filer.namespace.store import InodeRecord, NameStore
 
@@ -48,7 +48,7 @@ class InodeTable:
         self._is_dirty = is_dirty
         self._alive: weakref.WeakValueDictionary[InodeId, Inode] = weakref.WeakValueDictionary()
         """Every inode object that anything still refers to."""
-        self._recent: dict[InodeId, Inode] = {}
+        self._recent: OrderedDict[InodeId, Inode] = OrderedDict()
         """Keeps the recently used ones alive; insertion order with a second chance."""
         self._busy: dict[InodeId, int] = {}
         self.clock = 0
@@ -219,20 +219,19 @@ class InodeTable:
         self._recent[inode.id] = inode
         if len(self._recent) > self._memory_max:
             self._evict()
-        INODES.set(len(self._recent))
 
     def _evict(self) -> None:
         """Second chance: whoever was touched since the last round goes to the end once more."""
         recent = self._recent
-        for _ in range(len(recent)):
-            inode_id = next(iter(recent))
-            inode = recent.pop(inode_id)
+        for _ in range(2 * len(recent)):
+            inode_id, inode = next(iter(recent.items()))
             if inode_id == ROOT_INODE or inode.is_orphan or inode.directory is not None:
-                recent[inode_id] = inode
+                recent.move_to_end(inode_id)
             elif inode.touched:
                 inode.touched = False
-                recent[inode_id] = inode
-            elif len(recent) < self._memory_max:
+                recent.move_to_end(inode_id)
+            else:
+                del recent[inode_id]
                 return
 
 
