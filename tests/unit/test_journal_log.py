@@ -145,6 +145,21 @@ async def test_a_failed_append_that_cannot_be_cut_off_is_superseded():
     assert numbers(replayed) == [1, 3, 3, 3, 3, 3]
 
 
+async def test_nothing_of_a_failed_append_comes_back_behind_its_repetition():
+    for seed in range(20):
+        disk = SimDisk(seed)
+        log, _ = await opened(disk)
+        await log.append([write(1)])
+        disk.fail_writes = errno.EIO  # any part is written, maybe all
+        with pytest.raises(JournalUnavailable):
+            await log.append([write(2), write(3)])
+        disk.fail_writes = 0
+        await log.append([write(2)])  # as long as the first one before
+        disk.kill()
+        _, replayed = await opened(disk)
+        assert numbers(replayed) == [1, 2]
+
+
 async def test_after_a_failed_fsync_nothing_before_it_is_ever_called_stable():
     disk = SimDisk()
     log, _ = await opened(disk)
