@@ -12,7 +12,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,8 +117,13 @@ class ChunkFiles:
 
     # -- in a worker thread -------------------------------------------------------------------
 
-    def read(self, record: ChunkRecord, start: int, end: int) -> tuple[Buffer, int]:
-        """Read and verify; also starts to read the rest of the chunk from the disk.
+    def read(
+        self, record: ChunkRecord, start: int, end: int, ahead: Sequence[int] = ()
+    ) -> tuple[Buffer, int]:
+        """Read and verify; also starts to read from the disk what is likely to come next.
+
+        That is the rest of the chunk, and the chunks with the serials *ahead*: a sequential
+        reader finds them in the page cache, and the disk is busy while bytes are verified.
 
         Returns: the bytes, and an open descriptor for `keep`.
         Raises: BadBlock; OSError.
@@ -127,14 +132,26 @@ class ChunkFiles:
         try:
             at, stop = _aligned(record, start, end)
             data = bytearray(stop - at)
+            os.posix_fadvise(descriptor, at, CHUNK_BYTES - at, os.POSIX_FADV_WILLNEED)
+            for serial in ahead:
+                self._start_to_read(serial)
             got = os.preadv(descriptor, [data], at)
             if got < len(data):
                 raise BadBlock(at + got - got % BLOCK_BYTES)
-            os.posix_fadvise(descriptor, stop, CHUNK_BYTES - stop, os.POSIX_FADV_WILLNEED)
             return _verified(record, start, end, at, data), descriptor
         except BaseException:
             os.close(descriptor)
             raise
+
+    def _start_to_read(self, serial: int) -> None:
+        try:
+            descriptor = os.open(self.path(serial), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # whoever reads it will be told
+        try:
+            os.posix_fadvise(descriptor, 0, CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
     def write(self, serial: int, start: int, data: Buffer) -> Stored:
         """Write a whole page (or the short last one) at *start* within the chunk."""

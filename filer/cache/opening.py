@@ -28,7 +28,7 @@ from filer.cache.eviction import Eviction
 from filer.cache.files import ChunkFiles
 from filer.cache.index import ChunkIndex, IndexFailed, is_readable
 from filer.cache.layout import KEY_BYTES, fingerprint
-from filer.errors import Misconfigured
+from filer.errors import TryAgain
 
 FORMAT = 1
 CHUNKS_MAX = 2_000_000
@@ -145,7 +145,8 @@ def close_cleanly(directory: Path, index: ChunkIndex, boot_id: str) -> None:
 async def lock_directory(directory: Path) -> int:
     """Lock the directory itself: that works on a read-only file system, too.
 
-    Raises: Misconfigured: another process holds it; OSError.
+    Raises: TryAgain: another process holds it (a predecessor that is not quite dead, or a
+    second node on the same directory); OSError.
     """
     os.makedirs(directory, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -157,9 +158,8 @@ async def lock_directory(directory: Path) -> int:
                 return descriptor
             except BlockingIOError as error:
                 if trio.current_time() >= give_up_at:
-                    raise Misconfigured(
-                        f"the cache directory {directory} is in use by another process",
-                        "give each volume server its own cache directory",
+                    raise TryAgain(
+                        f"the cache directory {directory} is in use by another process"
                     ) from error
             await trio.sleep(0.05)
     except BaseException:

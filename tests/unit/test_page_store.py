@@ -27,7 +27,7 @@ from filer.cache.layout import (
     chunk_key,
 )
 from filer.cache.pages import PageStore
-from filer.errors import Corrupt, Misconfigured
+from filer.errors import Corrupt, TryAgain
 from filer.ids import DataVersion, InodeId
 from filer.settings import CacheSettings
 
@@ -427,7 +427,7 @@ async def test_two_processes_cannot_share_a_cache_directory(
 ) -> None:
     async with opened(tmp_path):
         mock_clock.rate = 100
-        with pytest.raises(Misconfigured, match="in use"):
+        with pytest.raises(TryAgain, match="in use"):
             await PageStore.open(tmp_path, CacheSettings(), boot_id="boot")
         mock_clock.rate = 0
 
