@@ -71,7 +71,8 @@ class SimFile:
         accepted = data[: max(0, room - start)]
         failure = self._disk.fail_writes
         if failure:
-            accepted = data[: self._disk.random.randint(0, len(data))]
+            random = self._disk.random
+            accepted = data[: random.choice([0, random.randint(0, len(data)), len(data)])]
         if accepted:
             content = self._content
             content.unsynced.append((start, accepted))
