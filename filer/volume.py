@@ -30,7 +30,7 @@ from filer.core_filer.base import CoreFiler
 from filer.core_filer.factory import open_core_filer
 from filer.data import FileData
 from filer.disk import LocalDisk
-from filer.errors import FilerError
+from filer.errors import FilerError, Misconfigured
 from filer.ids import Epoch, InodeId, NodeId
 from filer.leases.table import StandaloneLeases
 from filer.namespace.inode import Inode
@@ -83,6 +83,10 @@ async def open_volume(
 
     Raises: Misconfigured, Corrupt (a log that cannot be replayed), Fenced.
     """
+    if settings.xattrs:
+        raise Misconfigured(
+            f"volumes.{settings.name}.xattrs: {settings.core} cannot hold extended attributes",
+            "leave xattrs at false: NFSv3 has none")
     random = random or SystemRandom()
     directory = node.cache_dir / settings.name
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)

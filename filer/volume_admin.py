@@ -160,8 +160,8 @@ class VolumeAdmin:
                           + (f" and {len(failed) - 5} more" if len(failed) > 5 else ""))
         return plain(FlushReport(
             path=path, files=result.files, bytes=result.bytes,
-            statement=f"everything written to /{path} before this command is on stable storage "
-                      f"in {self._volume.settings.core}",
+            statement=f"everything written to {self._client_path(path)} before this command is "
+                      f"on stable storage in {self._volume.settings.core}",
         ))
 
     async def evict(self, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class VolumeAdmin:
     async def _existing(self, path: str) -> Inode:
         inode = await self._find(path)
         if inode is None:
-            raise Refused(errno.ENOENT, f"/{path}")
+            raise Refused(errno.ENOENT, self._client_path(path))
         return inode
 
     def _path_of(self, inode_id: InodeId) -> str:
@@ -222,6 +222,10 @@ class VolumeAdmin:
             names.append(at.name or b"inode-%d" % at.id)
             at = self._volume.namespace.table.find(at.parent)
         return os.fsdecode(b"/".join(reversed(names)))
+
+    def _client_path(self, path: str) -> str:
+        return os.path.join(self._volume.settings.junction, path) if path else (
+            self._volume.settings.junction)
 
     def _dirty_below(self, top: Inode) -> list[InodeId]:
         return [i for i in self._volume.write_behind.dirty_inodes() if self._is_below(i, top.id)]
