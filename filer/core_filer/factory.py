@@ -99,6 +99,7 @@ class _NfsOpener:
                         random=self._random, limits=self._limits,
                     )
                     nursery.start_soon(pool.run)
+                    await pool.wait_up()
                     core = await self._walk(pool, mounted)
                 if core is None:
                     raise TryAgain(f"core filer {self._shown}: {self._last_failure}")

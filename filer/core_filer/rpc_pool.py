@@ -41,7 +41,7 @@ class Attempts:
 
     lost: int = 0
     outage: bool = False
-    """Every connection was lost meanwhile: the server may have died in the middle of it."""
+    """The server did not accept connections meanwhile: it may have died in the middle of it."""
 
     @property
     def uncertain(self) -> bool:
@@ -61,7 +61,8 @@ class Pool:
         self._slots: list[Connection | None] = [None] * connections
         self._came_up = trio.Event()
         self._waiting = 0
-        self._outages = 0
+        self._refusals = 0
+        """Attempts to connect that failed."""
         self._reconnects = -connections
         self._unreachable_since_s: float | None = trio.current_time()
         self._reason = "not yet connected"
@@ -71,6 +72,11 @@ class Pool:
         async with trio.open_nursery() as nursery:
             for index in range(len(self._slots)):
                 nursery.start_soon(self._keep_up, index)
+
+    async def wait_up(self) -> None:
+        """Until at least one connection is up."""
+        while self._choose(Lane.METADATA) is None:
+            await self._came_up.wait()
 
     def state(self) -> CoreFilerState:
         return CoreFilerState(
@@ -85,12 +91,12 @@ class Pool:
         Raises RpcRejected, Unencodable, or what decoding the reply raises.
         """
         self._waiting += 1
-        outages = self._outages
+        refusals = self._refusals
         try:
             while True:
                 connection = self._choose(lane)
                 if connection is None:
-                    await self._came_up.wait()
+                    await self.wait_up()
                     continue
                 try:
                     return await connection.call(request)
@@ -104,7 +110,7 @@ class Pool:
                         await trio.sleep(backoff_s(attempts.lost, self._random))
         finally:
             self._waiting -= 1
-            attempts.outage |= self._outages != outages
+            attempts.outage |= attempts.uncertain and self._refusals != refusals
 
     def _choose(self, lane: Lane) -> Connection | None:
         """The least loaded of the lane; any other if the lane has none."""
@@ -147,9 +153,10 @@ class Pool:
         if was_up:
             for other in alive:
                 other.suspect()
+        else:
+            self._refusals += 1
         if not alive:
             self._reason = connection.lost_reason or ""
             if self._unreachable_since_s is None:
-                self._outages += 1
                 self._unreachable_since_s = connection.heard_s
                 report_reachable(False)

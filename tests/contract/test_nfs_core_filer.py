@@ -169,6 +169,20 @@ async def test_create_does_not_take_somebody_elses_file_for_its_own(
     assert caught.value.errno == errno.EEXIST
 
 
+async def test_the_only_connection_lost_is_no_outage(
+    shared_nas: Nas, relay: NfsRelay, export: Path
+) -> None:
+    def made_by_another() -> None:
+        (export / "lock").touch(mode=0o600)
+
+    url = shared_nas.url(f"/shows/{export.name}", port=relay.port)
+    async with open_core_filer(url, random=Random(1), connections=1) as core:
+        relay.lose_call("create", made_by_another)
+        with pytest.raises(Refused) as caught:
+            await core.create(core.root, b"lock", mode=0o600, uid=0, gid=0)
+    assert caught.value.errno == errno.EEXIST
+
+
 async def test_a_lost_call_is_sent_again(
     core: CoreFiler, relay: NfsRelay, export: Path
 ) -> None:
@@ -397,7 +411,7 @@ async def test_requests_wait_for_a_restarted_nas_and_none_is_lost_or_doubled(nas
                 await enough.wait()
                 enough = trio.Event()
                 nas.kill()
-                await until(lambda: not core.state().reachable)
+                await until(lambda: "refused" in core.state().reason)
                 nas.start()
                 await until(lambda: core.state().reachable)
         assert core.state().reconnects >= 2
@@ -418,18 +432,28 @@ async def test_what_a_dying_nas_left_half_made_is_finished(
     left = nas.exports["/shows"] / "f"
     async with running_relay(nas.port) as relay:
         url = nas.url("/shows", port=relay.port)
-        async with open_core_filer(url, random=Random(1), connections=1) as core:
+        async with (
+            open_core_filer(url, random=Random(1), connections=1) as core,
+            trio.open_nursery() as nursery,
+        ):
 
             def dies() -> None:
                 left.touch(mode=0o640)
                 nas.kill()
-                nas.start()
 
+            async def create() -> None:
+                made.append(
+                    await core.create(core.root, b"f", mode=0o4640, uid=uid, gid=gid))
+
+            made: list[Found] = []
+            connections = relay.connections
             relay.lose_call("create", dies)
-            f = await core.create(core.root, b"f", mode=0o4640, uid=uid, gid=gid)
+            nursery.start_soon(create)
+            await until(lambda: relay.connections >= connections + 2)
+            nas.start()
     seen = os.stat(left)
     assert (stat.S_IMODE(seen.st_mode), seen.st_uid, seen.st_gid) == (0o4640, uid, gid)
-    assert f.attributes.uid == uid
+    assert made[0].attributes.uid == uid
 
 
 async def test_a_restarted_nas_has_another_verifier_and_the_same_handles(nas: Nas) -> None:

@@ -72,7 +72,11 @@ class NfsRelay:
 
     async def serve(self, client: trio.SocketStream) -> None:
         self.connections += 1
-        target = await trio.open_tcp_stream("127.0.0.1", self._target_port)
+        try:
+            target = await trio.open_tcp_stream("127.0.0.1", self._target_port)
+        except OSError:
+            await client.aclose()
+            return
         async with client, target:
             await _Connection(self, client, target).run()
 
