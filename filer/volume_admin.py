@@ -35,7 +35,9 @@ from filer.ids import ROOT_INODE, InodeId
 from filer.namespace.inode import NEVER, Inode
 from filer.volume import Volume
 
-_WARM_FILES_AT_ONCE = 24
+_WARM_FILES_AT_ONCE = 64
+"""Small files are bound by round trips: 64 of 256 KiB fill 1 Gb/s at 100 ms."""
+_REPORT_EVERY_S = 0.1
 _PAGE_BYTES = 1 << 20
 
 
@@ -266,7 +268,7 @@ class _Warm:
         self._volume = volume
         self._report = report
         self._rate = rate_bytes_s
-        self._started = trio.current_time()
+        self._started = self._report_at = trio.current_time()
         self.files = self.fetched = self.already = self.total = 0
         self.failed: list[WarmFailure] = []
 
@@ -295,9 +297,16 @@ class _Warm:
                 self.files += 1
                 self.fetched += fetched
                 self.already += max(0, inode.attributes.size - fetched)
-                self._report(Progress(self.fetched + self.already, self.total, "bytes", path))
+                self._tell(path)
                 if self._rate:
                     await trio.sleep_until(self._started + self.fetched / self._rate)
+
+
+    def _tell(self, path: str) -> None:
+        now = trio.current_time()
+        if now >= self._report_at:
+            self._report_at = now + _REPORT_EVERY_S
+            self._report(Progress(self.fetched + self.already, self.total, "bytes", path))
 
 
 def plain(report: msgspec.Struct) -> dict[str, Any]:
