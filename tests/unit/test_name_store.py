@@ -99,7 +99,8 @@ def test_a_torn_names_log_is_cut_at_the_first_bad_record(tmp_path: Path, damage:
 
     again = NameStore(tmp_path)
 
-    assert again.inode(InodeId(5)) and again.inode(InodeId(6))
+    assert again.inode(InodeId(5))
+    assert again.inode(InodeId(6))
     assert again.inode(InodeId(7)) is None
 
 
