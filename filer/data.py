@@ -252,6 +252,7 @@ class FileData:
                 # While we start, the root is looked at before there is a namespace.
                 if inode.directory is not None:
                     self.namespace.names_changed(inode)
+                self._kernel.listing_changed(inode.id)
             else:
                 self.reader.forget(inode.id)
                 self._pages.drop(FileKey(inode.id, inode.data_version))

@@ -56,7 +56,8 @@ async def serve(node: NodeSettings, settings: VolumeSettings, mount: KeptMount) 
         node, settings, kernel, kernel_is_new=not mount.is_taken_over
     ) as volume, trio.open_nursery() as nursery:
         operations = Operations(
-            volume.namespace, volume.data, volume.core, volume.policy, counts, records)
+            volume.namespace, volume.data, volume.core, volume.policy, counts, records,
+            kernel)
         session = FuseSession(operations, mount)
         nursery.start_soon(_stop_on_signal, session, nursery.cancel_scope)
         admin = VolumeAdmin(volume, str(layout.mountpoint(settings.name)))

@@ -4,7 +4,8 @@ Owns the notifications and the discipline that makes them reliable; does not own
 are about.  The rule for callers: first make the new state visible to the handlers, then call.
 
 - *Attributes*: one system call that never waits, made at once.  The kernel then asks for
-  attributes again, and drops pages and listings whose mtime changed.
+  attributes again, and drops pages whose mtime changed.
+- *Listings*: another that never waits.
 - *Data* and *names*: the kernel takes a page's or a directory's lock, which a request in progress
   may hold (a READ; a LOOKUP, CREATE, UNLINK, RENAME, READDIRPLUS) — a request that only we can
   answer.  So these are made in threads, in order for each directory, never on the event loop.
@@ -61,6 +62,15 @@ class KernelCaches(Protocol):
         """Attributes of *inode* changed; with its mtime, also data or listing.  Never blocks."""
         ...
 
+    def listing_changed(self, directory: InodeId) -> None:
+        """Drop the listing that the kernel may have cached.  Never blocks.
+
+        The kernel compares the mtime only when a listing is read from its start.  An NFS server
+        opens the directory for every reply and continues in the middle: it would be given names
+        that are gone, and answer NOENT to the client that has just removed them.
+        """
+        ...
+
     def data_changed(self, inode: InodeId) -> None:
         """Drop *inode*'s pages whatever its mtime says."""
         ...
@@ -88,6 +98,9 @@ class RecordingKernelCaches:
 
     def attributes_changed(self, inode: InodeId) -> None:
         self.calls.append(("attributes", inode))
+
+    def listing_changed(self, directory: InodeId) -> None:
+        self.calls.append(("listing", directory))
 
     def data_changed(self, inode: InodeId) -> None:
         self.calls.append(("data", inode))
@@ -187,6 +200,14 @@ class FuseKernelCaches:
 
     # -- data and names --------------------------------------------------------------------------
 
+    def listing_changed(self, directory: InodeId) -> None:
+        # Unlike a file's, a directory's pages are never locked while a request is on its way:
+        # this waits for nobody, and on the loop it is done before the reply that changes names.
+        if self._nursery is None:
+            self._early.append(lambda: self.listing_changed(directory))
+        else:
+            _invalidate_data(directory)
+
     def data_changed(self, inode: InodeId) -> None:
         # Not left to the thread: that one may have to wait for a READ of what is wrong.
         self.attributes_changed(inode)
@@ -261,7 +282,7 @@ class FuseKernelCaches:
         await self.wait_attributes_changed(directory)
 
 
-# In threads from here on.
+# In threads from here on, but for listings.
 
 
 def _invalidate_data(inode: InodeId) -> None:

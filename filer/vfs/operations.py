@@ -33,6 +33,7 @@ from filer.namespace.service import FOREVER_S, NAME_BYTES_MAX, Namespace
 from filer.policies import Policy, WriteMode
 from filer.vfs.dispatch import guarded
 from filer.vfs.errnos import errno_of
+from filer.vfs.kernel import KernelCaches
 from filer.vfs.lookup_counts import LookupCounts
 from filer.vfs.operation_records import OperationRecords
 from filer.vfs.shim import current_unique, pyfuse3
@@ -58,7 +59,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(
         self, namespace: Namespace, data: FileData, core: CoreFiler, policy: Policy,
-        counts: LookupCounts, records: OperationRecords,
+        counts: LookupCounts, records: OperationRecords, kernel: KernelCaches,
     ) -> None:
         super().__init__()
         self._namespace = namespace
@@ -67,6 +68,7 @@ class Operations(pyfuse3.Operations):
         self._policy = policy
         self._counts = counts
         self._records = records
+        self._kernel = kernel
         self._statfs: tuple[float, FileSystemStatistics] | None = None
 
     # -- lookups -----------------------------------------------------------------------------
@@ -183,6 +185,7 @@ class Operations(pyfuse3.Operations):
         self._refuse_if_read_only()
         parent = self._inode(parent_inode)
         await self._once(unique, lambda again: self._namespace.rmdir(parent, name, again))
+        self._kernel.listing_changed(parent.id)
 
     # -- making and removing names -----------------------------------------------------------
 
@@ -231,6 +234,7 @@ class Operations(pyfuse3.Operations):
         self._refuse_if_read_only()
         parent = self._inode(parent_inode)
         await self._once(unique, lambda again: self._namespace.unlink(parent, name, again))
+        self._kernel.listing_changed(parent.id)
 
     async def rename(
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes,
@@ -241,6 +245,8 @@ class Operations(pyfuse3.Operations):
         old, new = self._inode(parent_inode_old), self._inode(parent_inode_new)
         await self._once(unique, lambda again: self._namespace.rename(
             old, name_old, new, name_new, flags, again))
+        self._kernel.listing_changed(old.id)
+        self._kernel.listing_changed(new.id)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -309,6 +315,7 @@ class Operations(pyfuse3.Operations):
         parent = self._inode(parent_inode)
         inode = await self._once(unique, lambda again: perform(parent, again))
         assert inode is not None
+        self._kernel.listing_changed(parent.id)
         return self._entry(inode, parent)
 
     async def _once(
