@@ -24,6 +24,8 @@ _NFS3 = _NFS | {
         "Ganesha looks a socket up by the name it had when its handle was made",
     "times.a_time_within_the_first_second_is_kept":
         "Ganesha takes zero seconds for a time that was not given",
+    "times.times_after_2038_are_kept":
+        "Ganesha takes the seconds of NFSv3 for signed ones",
 }
 _BEHIND_NFS = {
     "creation.a_special_file_can_be_renamed_linked_and_removed":
