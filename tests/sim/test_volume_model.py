@@ -215,7 +215,7 @@ def _difference(found: bytes, wanted: bytes, start: int = 0) -> str:
         return "equal"
     first, last = differing[0], differing[-1]
     zeros = not any(found[first:last + 1])
-    return f"differs in [{start + first}, {start + last + 1}), {zeros and 'zeros there' or ''}"
+    return f"differs in [{start + first}, {start + last + 1}), {(zeros and 'zeros there') or ''}"
 
 
 async def _history(seed: int, path: Path, lives: int, acts: int) -> None:
