@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         help="size of files and directories; 0.1 for a quick look (default: 1)")
     parser.add_argument("--runs", type=int, default=5, help="runs of each side (default: 5)")
     parser.add_argument(
-        "--work", type=Path, default=BUILD / "bench",
-        help="scratch directory on an ext4 disk (default: build/bench)")
+        "--work", type=Path, default=BUILD,
+        help="directory on an ext4 disk for scratch files (default: build)")
     options = parser.parse_args(arguments)
     options.ids = [i.strip().upper() for i in options.only.split(",") if i.strip()]
     unknown = [i for i in options.ids if i not in DEFINITIONS]
@@ -86,10 +87,13 @@ def main(arguments: list[str]) -> int:
     from tests.bench.node import start_node
 
     BUILD.mkdir(exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     output = BUILD / "bench.json"
     stored = json.loads(output.read_text()) if options.only and output.exists() else []
+    # A directory of its own: two runs on one machine disturb each other's figures, not files.
+    scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
     rig = Rig(
-        options.work, scale=options.scale, runs=options.runs, start_node=start_node,
+        scratch, scale=options.scale, runs=options.runs, start_node=start_node,
         say=lambda text: console.print(f"  {text}", highlight=False, style="dim"))
     report = Report()
     begin_s = time.monotonic()

@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,9 +89,8 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, interrupted)
     begin_s = time.monotonic()
-    work_dir = BUILD / "demo"
-    shutil.rmtree(work_dir, ignore_errors=True)
-    work_dir.mkdir(parents=True)
+    BUILD.mkdir(exist_ok=True)
+    work_dir = Path(tempfile.mkdtemp(prefix="demo-", dir=BUILD))
     try:
         program()
         recorder = _play(console, work_dir)
