@@ -145,6 +145,8 @@ class VolumeSettings(Schema):
     """How long attributes are believed and what happens to writes (``filer explain PATH``)."""
     verify_s: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Overrides the policy's interval."""
+    scratch_ttl_s: float = Field(86_400.0, ge=1, allow_inf_nan=False)
+    """Policy scratch: files not written to for this long are removed."""
     export_id: int | None = Field(None, ge=1, le=65535)
     """Part of every NFS handle; default: the volume's position in the configuration."""
     clients: tuple[ClientRule, ...] = Field((ClientRule(),), min_length=1)

@@ -31,13 +31,14 @@ from filer.core_filer.factory import open_core_filer
 from filer.data import FileData
 from filer.disk import LocalDisk
 from filer.errors import FilerError, Misconfigured
+from filer.expiry import ScratchExpiry
 from filer.ids import Epoch, InodeId, NodeId
 from filer.leases.table import StandaloneLeases
 from filer.namespace.inode import Inode
 from filer.namespace.service import Namespace
 from filer.namespace.store import NameStore
 from filer.namespace.table import InodeTable
-from filer.policies import Policy
+from filer.policies import Policy, WriteMode
 from filer.settings import NodeSettings, VolumeSettings
 from filer.vfs.kernel import KernelCaches
 from filer.write_behind.service import WriteBehind
@@ -127,6 +128,11 @@ async def open_volume(
         await namespace.start(kernel_is_new=kernel_is_new)
         await background.start(data.write_behind.run)
         background.start_soon(_watch_loop_lag)
+        if volume.policy.write_mode is WriteMode.NEVER_FLUSHED:
+            expiry = ScratchExpiry(
+                namespace, data.write_behind, kernel,
+                time_to_live_s=settings.scratch_ttl_s, wall_clock_ns=wall_clock_ns)
+            background.start_soon(expiry.run)
         yield volume
 
 
