@@ -333,7 +333,7 @@ def _in_memory(directory: Path) -> Iterator[None]:
 
 def memory(rig: Rig) -> Outcome:
     directories, each = 100, rig.count(10_000, least=100)
-    traffic_files, traffic_bytes = rig.count(16), GIB
+    traffic_files, traffic_bytes = rig.count(8), GIB
     samples: list[float] = []
     with _in_memory(rig.work_dir / "core"), rig.site(
         core=lambda path: f"file://{path}", cache_capacity_bytes="2GiB"
