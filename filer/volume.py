@@ -12,13 +12,17 @@ Start order, each step resting on the one before:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
 
+import msgspec
 import structlog
 import trio
 
@@ -26,13 +30,13 @@ from filer import metrics
 from filer.cache.pages import PageStore
 from filer.cache.reader import CleanFile, Reader
 from filer.cache.sequence import Sequences
-from filer.core_filer.base import CoreFiler
-from filer.core_filer.factory import open_core_filer
+from filer.core_filer.base import Attributes, CoreFiler
+from filer.core_filer.factory import PATIENCE_S, LastKnown, open_core_filer
 from filer.data import FileData
 from filer.disk import LocalDisk
 from filer.errors import FilerError, Misconfigured
 from filer.expiry import ScratchExpiry
-from filer.ids import Epoch, InodeId, NodeId
+from filer.ids import ROOT_INODE, Epoch, InodeId, NodeId
 from filer.leases.table import StandaloneLeases
 from filer.namespace.inode import Inode
 from filer.namespace.service import Namespace
@@ -95,7 +99,9 @@ async def open_volume(
     volume.settings, volume.policy, volume.kernel = settings, settings.effective_policy, kernel
     async with AsyncExitStack() as stack:
         volume.core = core = await stack.enter_async_context(open_core_filer(
-            settings.core, connections=settings.connections, random=random))
+            settings.core, connections=settings.connections, random=random,
+            last_known=_last_known(directory / "core.json", settings.core),
+            remember=partial(_remember, directory / "core.json", settings.core)))
         volume.store = store = NameStore(directory / "names")
         stack.callback(store.close)
         volume.pages = pages = await PageStore.open(
@@ -109,7 +115,7 @@ async def open_volume(
             node=NodeId(node.node), observer=data, wall_clock_ns=wall_clock_ns)
         stack.push_async_callback(_shielded, data.write_behind.close)
         table = InodeTable(
-            store, core.root, await core.getattr(core.root),
+            store, core.root, await _root_attributes(core, store),
             inodes_in_memory_max=settings.cache.inodes_in_memory_max, random=random,
             changed=data.changed, overlay=data.overlay, is_dirty=data.is_dirty)
         stack.push_async_callback(_shielded, store.commit)
@@ -139,6 +145,35 @@ async def open_volume(
 async def _shielded(close: Callable[[], Awaitable[None]]) -> None:
     with trio.CancelScope(shield=True):
         await close()
+
+
+def _remember(path: Path, url: str, known: LastKnown) -> None:
+    _replace_file(path, msgspec.json.encode({"url": url, "known": known}))
+
+
+def _last_known(path: Path, url: str) -> LastKnown | None:
+    """What the core filer at *url* told an earlier run, if there was one."""
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+        return msgspec.convert(found["known"], LastKnown) if found["url"] == url else None
+    except (FileNotFoundError, ValueError, LookupError):
+        return None
+
+
+async def _root_attributes(core: CoreFiler, store: NameStore) -> Attributes:
+    """The core filer's, or those it told last if it does not answer now."""
+    record = store.inode(ROOT_INODE)
+    patience_s = math.inf
+    if record is not None and record.handle == core.root:
+        patience_s = PATIENCE_S if core.state().reachable else 0.0
+    with trio.move_on_after(patience_s):
+        return await core.getattr(core.root)
+    assert record is not None
+    log.warning("core filer does not answer; starting with what is known")
+    version = record.core
+    return replace(
+        record.attributes, mtime_ns=version.mtime_ns, ctime_ns=version.ctime_ns,
+        size=version.size)
 
 
 class _Successors:
@@ -183,12 +218,15 @@ def _boot_id() -> str:
 def _next_epoch(path: Path) -> Epoch:
     """Every start of a volume server on this node is an epoch of its own."""
     epoch = 1 + (int(path.read_text()) if path.exists() else 0)
-    temporary = path.with_suffix(".new")
-    with open(temporary, "w") as file:
-        file.write(str(epoch))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    _replace_file(path, str(epoch).encode())
     return Epoch(epoch)
 
 
+def _replace_file(path: Path, content: bytes) -> None:
+    """Atomically, and stable when it returns."""
+    temporary = path.with_suffix(".new")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -17,6 +18,7 @@ from filer.core_filer.backoff import backoff_s
 from filer.core_filer.base import CoreFiler, Handle
 from filer.core_filer.directory import DirectoryCoreFiler
 from filer.core_filer.nfs import NfsCoreFiler
+from filer.core_filer.nfs3 import FileSystemLimits
 from filer.core_filer.nfs_mount import Mounted, Mounter, NfsUrl
 from filer.core_filer.observed import report_reachable
 from filer.core_filer.rpc_connection import Limits
@@ -24,6 +26,17 @@ from filer.core_filer.rpc_pool import Pool
 from filer.errors import Misconfigured, Refused, TryAgain
 
 _LIMITS = Limits()
+PATIENCE_S = 5.0
+"""For how long a NAS that we know from before is asked for its root."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastKnown:
+    """What a mount told that is needed to go on without asking for it again."""
+
+    root: Handle
+    nfs_port: int
+    limits: FileSystemLimits
 
 
 def open_core_filer(
@@ -35,12 +48,15 @@ def open_core_filer(
     limits: Limits = _LIMITS,
     connect_timeout_s: float = float("inf"),
     waiting: Callable[[str], None] = lambda reason: None,
+    last_known: LastKnown | None = None,
+    remember: Callable[[LastKnown], None] = lambda known: None,
 ) -> AbstractAsyncContextManager[CoreFiler]:
     """``nfs://host[:port]/export[/subdir][?mountport=N]`` or ``file:///path``.
 
     A NAS that does not answer is asked again for *connect_timeout_s*, and *waiting* is told why
     after each failure.  *wall_clock* returns nanoseconds since 1970; *machine_name* is what the
-    NAS sees in our credentials.
+    NAS sees in our credentials.  With *last_known*, from *remember* of an earlier run, a NAS that
+    does not answer within a few seconds is waited for by its requests, not by the opening.
 
     Raises: Misconfigured if the URL, the NAS or the file system says no; TryAgain after
     *connect_timeout_s*.
@@ -50,7 +66,7 @@ def open_core_filer(
         return _open_directory(url, random)
     if scheme == "nfs":
         opener = _NfsOpener(url, random, connections, wall_clock, machine_name, limits)
-        return opener.open(connect_timeout_s, waiting)
+        return opener.open(connect_timeout_s, waiting, last_known, remember)
     raise Misconfigured(
         f"core filer {url}: unknown kind",
         "nfs://host[:port]/export[/subdir] or file:///path",
@@ -86,21 +102,23 @@ class _NfsOpener:
 
     @asynccontextmanager
     async def open(
-        self, connect_timeout_s: float, waiting: Callable[[str], None]
+        self, connect_timeout_s: float, waiting: Callable[[str], None],
+        last_known: LastKnown | None, remember: Callable[[LastKnown], None],
     ) -> AsyncIterator[CoreFiler]:
         try:
             async with trio.open_nursery() as nursery:
                 core = None
-                with trio.move_on_after(connect_timeout_s):
+                with trio.move_on_after(connect_timeout_s if last_known is None else PATIENCE_S):
                     mounted = await self._mount(waiting)
-                    pool = Pool(
-                        self._url.host, mounted.nfs_port, lib.rpc_nfs3_null_async,
-                        connections=self._connections, machine_name=self._machine_name,
-                        random=self._random, limits=self._limits,
-                    )
+                    pool = self._pool(mounted.nfs_port)
                     nursery.start_soon(pool.run)
                     await pool.wait_up()
                     core = await self._walk(pool, mounted)
+                    remember(LastKnown(core.root, mounted.nfs_port, mounted.limits))
+                if core is None and last_known is not None:
+                    pool = self._pool(last_known.nfs_port)
+                    nursery.start_soon(pool.run)
+                    core = self._core(pool, last_known.limits, last_known.root)
                 if core is None:
                     raise TryAgain(f"core filer {self._shown}: {self._last_failure}")
                 yield core
@@ -110,6 +128,13 @@ class _NfsOpener:
             if len(group.exceptions) == 1:
                 raise group.exceptions[0] from None
             raise
+
+    def _pool(self, nfs_port: int) -> Pool:
+        return Pool(
+            self._url.host, nfs_port, lib.rpc_nfs3_null_async,
+            connections=self._connections, machine_name=self._machine_name,
+            random=self._random, limits=self._limits,
+        )
 
     async def _mount(self, waiting: Callable[[str], None]) -> Mounted:
         report_reachable(False)
@@ -126,7 +151,7 @@ class _NfsOpener:
 
     async def _walk(self, pool: Pool, mounted: Mounted) -> NfsCoreFiler:
         """From what the NAS mounts down to the directory that the URL names."""
-        core = self._core(pool, mounted, mounted.handle)
+        core = self._core(pool, mounted.limits, mounted.handle)
         for name in mounted.names:
             try:
                 found = await core.lookup(core.root, name)
@@ -137,10 +162,10 @@ class _NfsOpener:
                 raise Misconfigured(
                     f"core filer {self._shown}: {shown}: {error}", "name an existing directory"
                 ) from error
-            core = self._core(pool, mounted, found.handle)
+            core = self._core(pool, mounted.limits, found.handle)
         return core
 
-    def _core(self, pool: Pool, mounted: Mounted, root: Handle) -> NfsCoreFiler:
+    def _core(self, pool: Pool, limits: FileSystemLimits, root: Handle) -> NfsCoreFiler:
         return NfsCoreFiler(
-            pool, root, mounted.limits, random=self._random, wall_clock=self._wall_clock
+            pool, root, limits, random=self._random, wall_clock=self._wall_clock
         )

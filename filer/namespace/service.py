@@ -11,6 +11,7 @@ Does not own: file bytes (``filer/data.py``), the kernel protocol (``filer/vfs``
 from __future__ import annotations
 
 import errno
+import math
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -118,10 +119,15 @@ class Namespace:
             if self._verify_s == 0:
                 return
 
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for the core filer where something known can be served instead."""
+        return _PATIENCE_S if self._core.state().reachable else 0.0
+
     async def _ask(self, inode: Inode) -> bool:
         """One GETATTR; False if it was not answered in time and the old attributes serve."""
         asked_at = self.table.clock
-        with trio.move_on_after(_PATIENCE_S) as patience:
+        with trio.move_on_after(self._patience_s) as patience:
             try:
                 told = await self._core.getattr(inode.handle)
             except Refused as exc:
@@ -129,7 +135,7 @@ class Namespace:
                     self._vanished(inode)
                 raise
         if patience.cancelled_caught:
-            log.warning("core filer does not answer; serving what is known", inode=inode.id)
+            log.debug("core filer does not answer; serving what is known", inode=inode.id)
             if inode.verified_at == NEVER:
                 # Known from the store only: it was true when we last ran.
                 inode.verified_at = trio.current_time() - (self._verify_s or 0.0)
@@ -188,8 +194,13 @@ class Namespace:
             return None
         _MISS["names"].inc()
         asked_at = self.table.clock
+        stale = None if known is None else self.table.find(known[0])
+        found: Found | None = None
         try:
-            found = await self._core.lookup(parent.handle, name)
+            with trio.move_on_after(math.inf if stale is None else self._patience_s):
+                found = await self._core.lookup(parent.handle, name)
+            if found is None:
+                return stale
         except Refused as exc:
             if exc.errno != errno.ENOENT:
                 raise
