@@ -119,7 +119,7 @@ def start_node(work_dir: Path, *, core: str, settings: dict[str, str]) -> Iterat
     try:
         node.wait_until_serving()
         yield node
-    except BaseException:
+    except Exception:
         print(node.log_tail(), file=sys.stderr)
         raise
     finally:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tests.bench.__main__ import complaint
 from tests.bench.load import BUILD, Export, LoadFailed, program
+from tests.bench.node import NodeFailed, start_node
 from tests.demo import job
 from tests.demo.passes import Recorder
 from tests.support.nas import running_nas
@@ -29,8 +30,6 @@ PICTURE = BUILD / "demo.png"
 
 
 def _play(console: Console, work_dir: Path) -> Recorder:
-    from tests.bench.node import start_node
-
     nas_dir = work_dir / "nas-disk"
     console.print(f"making {job.UNIQUE_BYTES / job.MIB:.0f} MiB of scenes, textures and plates")
     job.generate(nas_dir)
@@ -97,7 +96,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; everything that was started has been stopped")
         return 130
-    except LoadFailed as error:
+    except (LoadFailed, NodeFailed) as error:
         console.print(f"[red]failed: {error}")
         return 1
     finally:
