@@ -17,6 +17,7 @@ fetches asks again.
 from __future__ import annotations
 
 import enum
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class _State(enum.Enum):
     FAILED = 4
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Fetch:
     """One page on its way from the core filer to the SSD."""
 
@@ -178,7 +179,11 @@ class Reader:
         )
         self._fetches: dict[InodeId, dict[tuple[DataVersion, int], _Fetch]] = {}
         """Queued, running, and fetched but not yet on the SSD, by (data version, page)."""
-        self._queues: dict[Cause, deque[_Fetch]] = {cause: deque() for cause in Cause}
+        self._queues: dict[Cause, deque[weakref.ref[_Fetch]]] = {
+            cause: deque() for cause in Cause
+        }
+        """In order; an entry outlives its fetch if that was wanted more urgently elsewhere, and
+        must not keep its bytes alive until it comes to the front."""
         self._dispatch_work = trio.Event()
         self._pacing = Pacing()
         self._in_flight_bytes = self._memory_bytes = 0
@@ -423,11 +428,11 @@ class Reader:
                 fetch.file = file
                 if cause is Cause.DEMAND and fetch.cause is not cause:
                     fetch.cause = cause
-                    self._queues[cause].append(fetch)
+                    self._queues[cause].append(weakref.ref(fetch))
             return fetch
         fetch = _Fetch(file, page, cause)
         self._fetches.setdefault(file.inode, {})[file.data_version, page] = fetch
-        self._queues[cause].append(fetch)
+        self._queues[cause].append(weakref.ref(fetch))
         return fetch
 
     async def _dispatch(self, nursery: trio.Nursery) -> None:
@@ -454,10 +459,12 @@ class Reader:
             ahead_limit = 0  # the SSD does not keep up
         for cause, queue in self._queues.items():
             room = limit if cause is Cause.DEMAND else ahead_limit
-            while queue and not queue[0].is_queued_for(cause):
+            fetch = None
+            while queue and ((fetch := queue[0]()) is None or not fetch.is_queued_for(cause)):
                 queue.popleft()
             if queue and (self._in_flight_bytes + PAGE_BYTES <= room or not self._in_flight_bytes):
-                return queue.popleft()
+                queue.popleft()
+                return fetch
         return None
 
     async def _fetch(self, fetch: _Fetch) -> None:

@@ -373,7 +373,8 @@ static PyObject *connection_info(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(tune_malloc_doc,
 "tune_malloc(mmap_threshold_bytes, trim_threshold_bytes)\n\n"
-"mallopt(3): keep buffers below the first on the heap, and that much of it when free.");
+"mallopt(3): keep buffers below the first on the heap, and that much of it when free, in at most\n"
+"two heaps.");
 
 static PyObject *tune_malloc(PyObject *self, PyObject *args)
 {
@@ -381,7 +382,9 @@ static PyObject *tune_malloc(PyObject *self, PyObject *args)
 
 	if (!PyArg_ParseTuple(args, "ii", &mmap_threshold, &trim_threshold))
 		return NULL;
-	if (!mallopt(M_MMAP_THRESHOLD, mmap_threshold) ||
+	/* Each arena keeps its own free memory; by default there are eight for a processor. */
+	if (!mallopt(M_ARENA_MAX, 2) ||
+	    !mallopt(M_MMAP_THRESHOLD, mmap_threshold) ||
 	    !mallopt(M_TRIM_THRESHOLD, trim_threshold)) {
 		PyErr_SetString(PyExc_ValueError, "mallopt refused these values");
 		return NULL;
