@@ -43,6 +43,8 @@ NAME_BYTES_MAX = 255
 FOREVER_S = 86400.0
 """The kernel's timeout where the policy never verifies."""
 _NEGATIVE_NAMES_MAX = 10_000
+_DIRECTORIES_MAX = 20_000
+"""Directories whose names are in memory; each also holds its inode there."""
 _MISSES_MAX = 8
 _PATIENCE_S = 4.0
 """A GETATTR unanswered for this long is answered from what is known instead."""
@@ -245,6 +247,8 @@ class Namespace:
                 parent.directory = names
         self._directories.pop(parent.id, None)
         self._directories[parent.id] = parent
+        if len(self._directories) > _DIRECTORIES_MAX:
+            self._shed_directories()
         return parent.directory
 
     async def listed(self, parent: Inode) -> Directory:
@@ -649,16 +653,21 @@ class Namespace:
         return mode, gid
 
     def _shed_directories(self) -> None:
-        """Drop the names of least recently used directories beyond the limit."""
+        """Drop the names of least recently used directories beyond the limits."""
         total = sum(len(i.directory.entries) for i in self._directories.values() if i.directory)
+        keep = len(self._directories)
+        if keep > _DIRECTORIES_MAX:
+            keep = _DIRECTORIES_MAX * 9 // 10  # so that the next time is a while away
         for inode_id in list(self._directories)[:-1]:
-            if total <= self._entries_max:
+            if total <= self._entries_max and len(self._directories) <= keep:
                 return
-            inode = self._directories.pop(inode_id)
-            if inode_id in self._listing or inode.directory is None:
+            inode = self._directories[inode_id]
+            if inode_id in self._listing or inode.is_orphan:
                 continue
-            total -= len(inode.directory.entries)
-            inode.directory = None
+            del self._directories[inode_id]
+            if inode.directory is not None:
+                total -= len(inode.directory.entries)
+                inode.directory = None
 
 
 def _distrust(names: Directory) -> None:

@@ -282,6 +282,24 @@ async def test_memory_holds_a_bounded_number_of_inodes_and_loads_the_others_agai
     assert all(ns.table.get(inode_id).id == inode_id for inode_id in ids)
 
 
+async def test_names_of_many_directories_do_not_pile_up_in_memory(
+    world, autojump_clock, monkeypatch
+):
+    monkeypatch.setattr("filer.namespace.service._DIRECTORIES_MAX", 20)
+    for number in range(60):
+        world.core.behind.mkdir(f"d{number}")
+        world.core.behind.write(f"d{number}/f", b"x")
+    ns = await world.start(inodes_in_memory_max=1000)
+    seen = []
+    for number in range(60):
+        directory = await ns.lookup(ns.table.root, b"d%d" % number)
+        seen.append(directory)
+        assert await ns.lookup(directory, b"f") is not None
+
+    assert sum(directory.directory is not None for directory in seen) <= 20
+    assert await ns.lookup(seen[0], b"f") is not None
+
+
 async def test_an_unlinked_file_lives_on_until_the_kernel_forgets_it(world, autojump_clock):
     world.core.behind.write("a", b"still open")
     ns = await world.start()
