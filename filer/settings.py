@@ -97,9 +97,9 @@ class CacheSettings(Schema):
     """Eviction starts when this share of the capacity is used …"""
     low_water: float = Field(0.90, gt=0, le=1)
     """… and stops at this one."""
-    inodes_in_memory_max: int = Field(60_000, ge=1000)
+    inodes_in_memory_max: int = Field(40_000, ge=1000)
     """More are kept on the SSD only."""
-    directory_entries_in_memory_max: int = Field(250_000, ge=10_000)
+    directory_entries_in_memory_max: int = Field(150_000, ge=10_000)
     """Of all cached directories together."""
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ from filer.ids import DataVersion, InodeId
 from filer.settings import ReadAheadSettings
 
 STORE_WORKERS = 4
-MEMORY_BYTES_MAX = 64 << 20
+MEMORY_BYTES_MAX = 32 << 20
 """Pages fetched and not yet on the SSD; read-ahead pauses above this, demand goes on."""
 DEMAND_SHARE = 4
 """This part (a quarter) of the bytes in flight is kept free for clients' demand."""
