@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from filer.supervisor.nfs_server import preload
+
 _PROGRAM = "/usr/bin/ganesha.nfsd"
 _START_LIMIT_S = 30.0
 _STOP_LIMIT_S = 15.0
@@ -53,16 +55,11 @@ class Nas:
         self.log = work_dir / "ganesha.log"
         self._configuration = work_dir / "ganesha.conf"
         self._pid_file = work_dir / "ganesha.pid"
-        self._preload = work_dir / "no_rpcbind.so"
+        self._preload = preload("filer.supervisor._no_rpcbind")
         self._process: subprocess.Popen[bytes] | None = None
         self._epoch = int(time.time())
         recovery = work_dir / "recovery"
         recovery.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-O1", "-o", str(self._preload),
-             str(Path(__file__).with_name("no_rpcbind.c")), "-ldl"],
-            check=True,
-        )
         self._configuration.write_text(
             _render(
                 self.port, self.mount_port, self.exports, recovery,
