@@ -109,8 +109,7 @@ class FileData:
         if len(parts) == 1 and parts[0][0] == start and len(parts[0][1]) == end - start:
             return parts[0][1]
         buffer = bytearray(end - start)
-        at = start
-        for gap_start, gap_end in _gaps(parts, start, min(visible_end, end)):
+        for gap_start, gap_end in _gaps(parts, start, visible_end):
             data = await self.reader.read(clean, gap_start, gap_end)
             buffer[gap_start - start:gap_start - start + len(data)] = data
         for at, data in parts:
